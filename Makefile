@@ -1,0 +1,32 @@
+# make demo: install and write text with the built-in model.  make test, make lint: as they say.
+# Each creates what it needs on a fresh machine: Python 3.11+ with venv and pip.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/infer --demo -p "In the beginning" -n 64 --temp 0.7 --seed 7
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/check
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/check .
+	$(BIN)/mypy build/check/powerinfer
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install --quiet "setuptools>=77" wheel --editable ".[test,lint]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,85 @@
+"""The front door: `powerinfer SUBCOMMAND ...`, and the short names of three of them.
+
+Every error that a user can cause ends here as one sentence on stderr and exit code 1 (bad usage:
+2, Ctrl-C: 130).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .runtime.errors import PowerInferError
+
+# Name -> what it does. Each is a module of powerinfer.commands with add_arguments() and run();
+# only the one that is called is imported.
+COMMANDS = {
+    "convert": "a Hugging Face checkpoint (and predictors) -> GGUF",
+    "quantize": "a GGUF file -> the same in a smaller type",
+    "infer": "continue a prompt",
+    "inspect": "show what is in a file",
+}
+
+
+def run_command(name: str, argv: Sequence[str], prog: str) -> int:
+    """Run one command and return its exit code."""
+    module = importlib.import_module(f"{__package__}.commands.{name}")
+    parser = argparse.ArgumentParser(prog=prog, description=module.__doc__)
+    module.add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return int(module.run(args, parser))
+    except PowerInferError as error:
+        message = str(error)
+    except BrokenPipeError:
+        # Whoever read our output has left. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        message = f"{where}{error.strerror}" if error.strerror else str(error)
+    except MemoryError:
+        message = "there is not enough memory for this"
+    except KeyboardInterrupt:
+        message = "interrupted"
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    return 130 if message == "interrupted" else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `powerinfer SUBCOMMAND ...`."""
+    commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="powerinfer",
+        usage="powerinfer COMMAND ...   (powerinfer COMMAND -h for its options)",
+        description=f"GGUF toolchain and runtime for ReLU-sparse language models.\n\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"powerinfer-python {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(argv[:1])
+    return run_command(args.command, argv[1:], f"powerinfer {args.command}")
+
+
+def main_convert() -> int:
+    """Run `convert-hf-to-powerinfer-gguf`."""
+    return run_command("convert", sys.argv[1:], "convert-hf-to-powerinfer-gguf")
+
+
+def main_quantize() -> int:
+    """Run `quantize`."""
+    return run_command("quantize", sys.argv[1:], "quantize")
+
+
+def main_infer() -> int:
+    """Run `infer`."""
+    return run_command("infer", sys.argv[1:], "infer")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

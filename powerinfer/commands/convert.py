@@ -1,0 +1,56 @@
+"""Convert a Hugging Face checkpoint of a ReLU model, with its predictors, to a GGUF file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..convert.converter import plan_conversion, write_conversion
+from ..quantize.policy import TARGETS, Policy, parse_type
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    types = ", ".join(TARGETS)
+    parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="the checkpoint")
+    parser.add_argument(
+        "predictor_dir",
+        type=Path,
+        metavar="PREDICTOR_DIR",
+        nargs="?",
+        help="model_0.pt, model_1.pt, ... in PowerInfer's layout",
+    )
+    parser.add_argument(
+        "--outfile",
+        type=Path,
+        help="where to write (default: MODEL_DIR/NAME.f16.powerinfer.gguf)",
+    )
+    parser.add_argument(
+        "--outtype",
+        default="f16",
+        type=str.lower,
+        choices=TARGETS,
+        metavar="TYPE",
+        help=f"{types} (default: f16)",
+    )
+    parser.add_argument(
+        "--dense",
+        action="store_true",
+        help="keep the standard ffn_down and run dense; any Llama converts, not only ReLU ones",
+    )
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    policy = Policy(parse_type(args.outtype))
+    conversion = plan_conversion(args.model_dir, args.predictor_dir, policy, args.dense)
+    name = args.model_dir.resolve().name
+    kind = "" if args.dense else ".powerinfer"
+    target = args.outfile or args.model_dir / f"{name}.{args.outtype}{kind}.gguf"
+    with tqdm(
+        total=conversion.n_weights, unit=" weights", unit_scale=True, desc="converting"
+    ) as bar:
+        write_conversion(conversion, target, bar.update)
+    print(f"wrote {target} ({target.stat().st_size / 2**20:.1f} MiB)", file=sys.stderr)
+    return 0

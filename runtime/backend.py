@@ -1,0 +1,65 @@
+"""The one seam between model and machine: the operators that every backend offers.
+
+`reference` (NumPy), `cpu` (numba) and, on a GPU, `cuda` implement the same names. An operator
+works on the tokens of `step` and on `buffers`, writes into them, and allocates nothing. `il` is
+the number of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from .cache import KVCache
+from .config import Mode, ModelConfig
+from .step import Buffers, Step
+from .weights import Weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a backend is built from."""
+
+    config: ModelConfig
+    weights: Weights
+    cache: KVCache
+    step: Step
+    buffers: Buffers
+    rope: np.ndarray  # float32 [context, 2, rope_dim / 2]
+    mode: Mode
+    thresholds: tuple[float, ...]  # per layer: a neuron is predicted when its score >= this
+
+
+class Backend(Protocol):
+    """The operators, in the order in which a token meets them."""
+
+    name: str
+
+    def embed(self) -> None:
+        """x = embedding of each token."""
+
+    def qkv(self, il: int) -> None:
+        """q, k, v = norm(x) @ wq, wk, wv; rope on q and k; k and v appended to the cache."""
+
+    def attend(self, il: int) -> None:
+        """a = softmax(q . K / sqrt(head_dim)) @ V over the token's own sequence, causal."""
+
+    def out_add(self, il: int) -> None:
+        """x += a @ wo."""
+
+    def ffn_norm(self, il: int) -> None:
+        """h = norm(x)."""
+
+    def predict(self, il: int) -> None:
+        """mask = fc2 . relu(fc1 . input) >= threshold; the input is x or h (config)."""
+
+    def ffn(self, il: int) -> None:
+        """x += down(act(gate h) * up h) over the neurons that the mode computes; counts."""
+
+    def head(self) -> None:
+        """logits = norm(x) @ output, for the tokens in step.outputs."""
+
+    def close(self) -> None:
+        """Free threads and memory."""

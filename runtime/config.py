@@ -1,0 +1,128 @@
+"""ModelConfig: what a model is, from its file's keys. RunOptions: how the user wants it run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import ModelError
+from .gguf import GGUFFile, ValueType
+
+Mode = Literal["exact", "predicted", "dense"]
+
+# Activations for which a neuron is exactly silent (DESIGN.md section 3), then those that never are.
+SPARSE_ACTIVATIONS = ("relu",)
+DENSE_ACTIVATIONS = ("silu",)
+ARCHITECTURES = ("llama",)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Hyper-parameters of a model, under the field's standard names."""
+
+    arch: str
+    name: str
+    n_vocab: int
+    n_embd: int
+    n_ff: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_ctx_train: int
+    norm_eps: float
+    rope_dim: int  # leading dimensions of a head that are rotated
+    rope_freq_base: float
+    rope_linear_factor: float  # positions are divided by it
+    activation: str
+    sparse_threshold: float  # a neuron is predicted when its score >= this
+    layer_thresholds: tuple[float, ...] | None
+    predictor_input: Literal["residual", "normed"]
+    neuron_order: Literal["original", "hot-first"]
+
+    def threshold(self, il: int) -> float:
+        """Return the predictor threshold of layer `il`."""
+        return self.layer_thresholds[il] if self.layer_thresholds else self.sparse_threshold
+
+
+def model_config(file: GGUFFile) -> ModelConfig:
+    """Read a ModelConfig from a model file.
+
+    FileFormatError for missing or absurd keys, ModelError for a model that is not supported.
+    """
+    arch = file.get_str("general.architecture")
+    if arch not in ARCHITECTURES:
+        raise ModelError(
+            f"{file.path} has the architecture {arch!r}; supported: {', '.join(ARCHITECTURES)}"
+        )
+    n_embd = file.get_int(f"{arch}.embedding_length", low=1, high=1 << 20)
+    n_head = file.get_int(f"{arch}.attention.head_count", low=1, high=1 << 14)
+    head_dim = file.get_int(f"{arch}.attention.key_length", max(1, n_embd // n_head), 1, 1 << 14)
+    n_layer = file.get_int(f"{arch}.block_count", low=1, high=1 << 14)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ModelError(f"{file.path} has no tensor token_embd.weight: it is not a whole model")
+
+    scaling = file.get_str(f"{arch}.rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise ModelError(f"{file.path} uses rope scaling {scaling!r}, which is not supported")
+
+    # Files of the original carry no activation key: they are ReLU models, recognised by the
+    # transposed down projection that only such files have.
+    is_sparse_file = "blk.0.ffn_down_t.weight" in file.tensors
+    activation = file.get_str("powerinfer.ffn_activation", "relu" if is_sparse_file else "silu")
+    if activation not in SPARSE_ACTIVATIONS + DENSE_ACTIVATIONS:
+        raise ModelError(f"{file.path} uses the activation {activation!r}, which is not supported")
+
+    thresholds = file.get_array("powerinfer.layer_thresholds", [ValueType.FLOAT32])
+    if thresholds is not None and len(thresholds) != n_layer:
+        raise ModelError(f"{file.path} has {len(thresholds)} layer thresholds, {n_layer} layers")
+    predictor_input = file.get_str("powerinfer.predictor_input", "residual")
+    neuron_order = file.get_str("powerinfer.neuron_order", "original")
+    if predictor_input not in ("residual", "normed"):
+        raise ModelError(f"{file.path}: unknown powerinfer.predictor_input {predictor_input!r}")
+    if neuron_order not in ("original", "hot-first"):
+        raise ModelError(f"{file.path}: unknown powerinfer.neuron_order {neuron_order!r}")
+
+    config = ModelConfig(
+        arch=arch,
+        name=file.get_str("general.name", file.path.stem),
+        n_vocab=embedding.shape[0],
+        n_embd=n_embd,
+        n_ff=file.get_int(f"{arch}.feed_forward_length", low=1, high=1 << 22),
+        n_layer=n_layer,
+        n_head=n_head,
+        n_head_kv=file.get_int(f"{arch}.attention.head_count_kv", n_head, 1, 1 << 14),
+        head_dim=head_dim,
+        n_ctx_train=file.get_int(f"{arch}.context_length", low=1, high=1 << 30),
+        norm_eps=file.get_float(f"{arch}.attention.layer_norm_rms_epsilon"),
+        rope_dim=file.get_int(f"{arch}.rope.dimension_count", head_dim, 2, head_dim),
+        rope_freq_base=file.get_float(f"{arch}.rope.freq_base", 10000.0),
+        rope_linear_factor=(
+            file.get_float(f"{arch}.rope.scaling.factor") if scaling == "linear" else 1.0
+        ),
+        activation=activation,
+        sparse_threshold=file.get_float("powerinfer.sparse_threshold", 0.0),
+        layer_thresholds=None if thresholds is None else tuple(float(t) for t in thresholds),
+        predictor_input="normed" if predictor_input == "normed" else "residual",
+        neuron_order="hot-first" if neuron_order == "hot-first" else "original",
+    )
+    if config.n_head % config.n_head_kv:
+        raise ModelError(f"{file.path}: {n_head} heads do not share {config.n_head_kv} kv heads")
+    if config.rope_dim % 2 or not config.rope_freq_base > 0 or not config.rope_linear_factor > 0:
+        raise ModelError(f"{file.path}: the rope parameters make no sense")
+    return config
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a model; every command line and `powerinfer.open` fill one of these."""
+
+    threads: int | None = None  # None: one per physical core
+    context: int | None = None  # tokens; None: min(trained context, 4096)
+    mode: Mode | None = None  # None: predicted if the file has predictors, else exact
+    backend: Literal["auto", "numpy", "cpu"] = "auto"
+    kv_type: Literal["auto", "f32", "f16"] = "auto"  # auto: f32 for F32 weights, else f16
+    sparse_threshold: float | None = None  # overrides the file's
+    vram_budget: float | None = None  # GiB; accepted for machines with a GPU
+    chunk: int = 512  # most tokens in one forward pass

@@ -1,0 +1,64 @@
+"""Argument blocks: what a job reads, as named 64-bit words.
+
+    FIELDS = layout("counts x n_embd wq:MATRIX")
+    block = build(FIELDS, counts=address, x=address, n_embd=4096, wq=matrix(tensor))
+
+Inside a job `arg(args, FIELDS.x)` is a word, `args + 8 * FIELDS.wq` the address of a sub-block.
+A block is built once per layer: what differs from call to call lies in the Step.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import numpy as np
+
+from ..gguf import Tensor
+
+# Words of a weight matrix [rows, cols]: address, GGMLType, rows, cols, bytes of a row, and the
+# address of its float32 bias (0: none).
+MATRIX: Any = namedtuple("Matrix", "data type rows cols row_bytes bias")(*range(6))
+
+
+def layout(fields: str) -> Any:
+    """Return a named tuple of word offsets; `name:MATRIX` takes as many words as a matrix."""
+    offsets, at = {}, 0
+    for field in fields.split():
+        name, _, kind = field.partition(":")
+        offsets[name] = at
+        at += len(MATRIX) if kind == "MATRIX" else 1
+    offsets["words"] = at
+    make: Any = namedtuple
+    return make("Layout", offsets)(**offsets)
+
+
+def address(array: np.ndarray[Any, Any] | None) -> int:
+    """Return where an array's data lies, 0 for None."""
+    return 0 if array is None else int(array.ctypes.data)
+
+
+def matrix(tensor: Tensor, bias: Tensor | None = None) -> list[int]:
+    """Return the words of a weight matrix."""
+    return [
+        address(tensor.data),
+        int(tensor.type),
+        tensor.rows,
+        tensor.cols,
+        int(tensor.data.shape[1]),
+        address(None if bias is None else bias.data),
+    ]
+
+
+def build(fields: Any, **values: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the filled block; every field must be given, arrays stand for their address."""
+    block = np.zeros(fields.words, np.int64)
+    missing = set(fields._fields) - set(values) - {"words"}
+    assert not missing and len(values) == len(fields) - 1, missing
+    for name, value in values.items():
+        at = getattr(fields, name)
+        if isinstance(value, list):
+            block[at : at + len(value)] = value
+        else:
+            block[at] = address(value) if isinstance(value, np.ndarray) else int(value)
+    return block

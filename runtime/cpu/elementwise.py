@@ -1,0 +1,100 @@
+"""Normalisation, rotary embedding and softmax of single rows, all in float32."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .jit import inline
+from .simd import (
+    F32x16,
+    add,
+    fma,
+    load_f32,
+    load_f32x16,
+    max16,
+    maximum,
+    mul,
+    rint,
+    splat,
+    store_f32,
+    store_f32x16,
+    sub,
+    sum16,
+    times_power_of_2,
+)
+
+assert F32x16.llvm.count == 16  # the loops below step by 16
+
+
+@inline
+def rms_norm(x, weight, n, eps, out):
+    """out [n] = x / sqrt(mean(x^2) + eps) * weight."""
+    squares = splat(np.float32(0))
+    for i in range(0, n - 15, 16):
+        v = load_f32x16(x + 4 * i)
+        squares = fma(v, v, squares)
+    total = sum16(squares)
+    for i in range(n // 16 * 16, n):
+        total += load_f32(x + 4 * i) * load_f32(x + 4 * i)
+    scale = np.float32(1) / np.float32(math.sqrt(total / np.float32(n) + eps))
+    scales = splat(scale)
+    for i in range(0, n - 15, 16):
+        y = mul(mul(load_f32x16(x + 4 * i), scales), load_f32x16(weight + 4 * i))
+        store_f32x16(out + 4 * i, y)
+    for i in range(n // 16 * 16, n):
+        store_f32(out + 4 * i, load_f32(x + 4 * i) * scale * load_f32(weight + 4 * i))
+
+
+@inline
+def rope_head(x, table, half):
+    """Rotate pairs (2i, 2i + 1) of one head in place; table: cos [half], sin [half]."""
+    for i in range(half):
+        cos, sin = load_f32(table + 4 * i), load_f32(table + 4 * (half + i))
+        a, b = load_f32(x + 8 * i), load_f32(x + 8 * i + 4)
+        store_f32(x + 8 * i, a * cos - b * sin)
+        store_f32(x + 8 * i + 4, a * sin + b * cos)
+
+
+@inline
+def exp16(x):
+    """e^x of 16 numbers <= 0, within 2 units in the last place; 0 below -87.
+
+    x = n ln 2 + r; e^r by a polynomial (Cephes expf), times 2^n.
+    """
+    x = maximum(x, splat(np.float32(-87.3)))
+    n = rint(mul(x, splat(np.float32(1.44269504))))
+    # ln 2 in two parts, so that r keeps its last bits.
+    r = fma(n, splat(np.float32(-0.693359375)), x)
+    r = fma(n, splat(np.float32(2.12194440e-4)), r)
+    p = splat(np.float32(1.9875691500e-4))
+    p = fma(p, r, splat(np.float32(1.3981999507e-3)))
+    p = fma(p, r, splat(np.float32(8.3334519073e-3)))
+    p = fma(p, r, splat(np.float32(4.1665795894e-2)))
+    p = fma(p, r, splat(np.float32(1.6666665459e-1)))
+    p = fma(p, r, splat(np.float32(5.0000001201e-1)))
+    one = splat(np.float32(1))
+    return times_power_of_2(add(fma(p, mul(r, r), r), one), n)
+
+
+@inline
+def softmax_numerators(x, n):
+    """x [n] = exp(x - max x) in place; returns their sum. x has room for n rounded up to 16."""
+    low = np.float32(-3.0e38)
+    for i in range(n, (n + 15) // 16 * 16):
+        store_f32(x + 4 * i, low)
+    best = splat(low)
+    for i in range(0, n, 16):
+        best = maximum(best, load_f32x16(x + 4 * i))
+    peak = splat(max16(best))
+    total = splat(np.float32(0))
+    for i in range(0, n, 16):
+        e = exp16(sub(load_f32x16(x + 4 * i), peak))
+        store_f32x16(x + 4 * i, e)
+        if i + 16 <= n:
+            total = add(total, e)
+    result = sum16(total)
+    for i in range(n // 16 * 16, n):
+        result += load_f32(x + 4 * i)
+    return result

@@ -1,0 +1,276 @@
+"""Matrix times vectors, and the operators that are little more: embed, out_add, predict, head."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .block import MATRIX, layout
+from .elementwise import rms_norm
+from .jit import arg, inline, job
+from .pool import finish, take, wait
+from .rows import axpy, dot, fill_zero, pack
+from .simd import load_f32, load_i32, store_f32, store_u8
+
+ROWS = 16  # rows of a matrix in one task
+TOKENS = 8  # tokens that a task's rows meet in turn: their packs stay in the L2 cache
+
+STORE, ADD = 0, 1
+
+
+@inline
+def n_tasks_of(matrix):
+    """Return the number of tasks that a matrix's rows are cut into."""
+    return (arg(matrix, MATRIX.rows) + ROWS - 1) // ROWS
+
+
+@inline
+def matmul_task(matrix, task, n_tok, x, packs, pack_bytes, y, y_cols, how, scratch):
+    """y [n_tok, y_cols] = or += x [n_tok, cols] @ matrix [rows, cols]^T + bias, for ROWS rows.
+
+    x float32; `packs`: the same activations packed, `pack_bytes` a token. Reads the rows once
+    for every TOKENS tokens.
+    """
+    data, type_ = arg(matrix, MATRIX.data), arg(matrix, MATRIX.type)
+    cols, row_bytes = arg(matrix, MATRIX.cols), arg(matrix, MATRIX.row_bytes)
+    bias = arg(matrix, MATRIX.bias)
+    first = task * ROWS
+    last = min(first + ROWS, arg(matrix, MATRIX.rows))
+    for block in range(0, n_tok, TOKENS):
+        for row in range(first, last):
+            for t in range(block, min(block + TOKENS, n_tok)):
+                value = dot(
+                    type_,
+                    data + row * row_bytes,
+                    cols,
+                    x + t * cols * 4,
+                    packs + t * pack_bytes,
+                    scratch,
+                )
+                if bias != 0:
+                    value += load_f32(bias + 4 * row)
+                at = y + 4 * (t * y_cols + row)
+                if how == ADD:
+                    value += load_f32(at)
+                store_f32(at, value)
+
+
+# -- embed ------------------------------------------------------------------------------------
+
+EMBED = layout("counts tokens x embd:MATRIX")
+
+
+@job
+def embed(args, control, epoch, thread):
+    """x [n_tok, n_embd] = rows of the embedding."""
+    n_tok = load_i32(arg(args, EMBED.counts))
+    embd = args + 8 * EMBED.embd
+    n = arg(embd, MATRIX.cols)
+    while True:
+        t = take(control, 0, epoch, n_tok)
+        if t < 0:
+            break
+        x = arg(args, EMBED.x) + t * n * 4
+        row = load_i32(arg(args, EMBED.tokens) + 4 * t)
+        fill_zero(x, n)
+        data = arg(embd, MATRIX.data) + row * arg(embd, MATRIX.row_bytes)
+        axpy(arg(embd, MATRIX.type), data, n, np.float32(1), x)
+        finish(control, 0)
+    wait(control, 0, epoch, n_tok)
+
+
+# -- norm of some tokens, packed --------------------------------------------------------------
+
+
+@inline
+def norm_task(x, weight, n, eps, h, packed, ones):
+    """h [n] = rms_norm(x) * weight, and its pack (when n is whole blocks)."""
+    rms_norm(x, weight, n, eps, h)
+    if n % 32 == 0:
+        pack(h, n, packed, ones)
+
+
+NORM = layout("counts x norm n_embd eps h packs pack_bytes ones")
+
+
+@job
+def ffn_norm(args, control, epoch, thread):
+    """h [n_tok, n_embd] = rms_norm(x), and packed."""
+    n_tok = load_i32(arg(args, NORM.counts))
+    n = arg(args, NORM.n_embd)
+    eps = load_f32(arg(args, NORM.eps))
+    while True:
+        t = take(control, 0, epoch, n_tok)
+        if t < 0:
+            break
+        norm_task(
+            arg(args, NORM.x) + t * n * 4,
+            arg(args, NORM.norm),
+            n,
+            eps,
+            arg(args, NORM.h) + t * n * 4,
+            arg(args, NORM.packs) + t * arg(args, NORM.pack_bytes),
+            arg(args, NORM.ones),
+        )
+        finish(control, 0)
+    wait(control, 0, epoch, n_tok)
+
+
+# -- x += a @ wo ------------------------------------------------------------------------------
+
+OUT = layout("counts a packs pack_bytes ones x scratch scratch_bytes wo:MATRIX")
+
+
+@job
+def out_add(args, control, epoch, thread):
+    """x [n_tok, n_embd] += a [n_tok, n_head * head_dim] @ wo^T + bias."""
+    n_tok = load_i32(arg(args, OUT.counts))
+    wo = args + 8 * OUT.wo
+    cols, size = arg(wo, MATRIX.cols), arg(args, OUT.pack_bytes)
+    a, packs = arg(args, OUT.a), arg(args, OUT.packs)
+    while True:
+        t = take(control, 0, epoch, n_tok)
+        if t < 0:
+            break
+        if cols % 32 == 0:
+            pack(a + t * cols * 4, cols, packs + t * size, arg(args, OUT.ones))
+        finish(control, 0)
+    if not wait(control, 0, epoch, n_tok):
+        return
+    scratch = arg(args, OUT.scratch) + thread * arg(args, OUT.scratch_bytes)
+    n_tasks = n_tasks_of(wo)
+    while True:
+        task = take(control, 1, epoch, n_tasks)
+        if task < 0:
+            break
+        rows = arg(wo, MATRIX.rows)
+        matmul_task(wo, task, n_tok, a, packs, size, arg(args, OUT.x), rows, ADD, scratch)
+        finish(control, 1)
+    wait(control, 1, epoch, n_tasks)
+
+
+# -- predictor --------------------------------------------------------------------------------
+
+PREDICT = layout(
+    "counts x packs pack_bytes is_packed ones hidden hidden_packs hidden_pack_bytes mask "
+    "threshold scratch scratch_bytes fc1:MATRIX fc2:MATRIX"
+)
+
+
+@job
+def predict(args, control, epoch, thread):
+    """mask [n_tok, n_ff] = fc2 . relu(fc1 . x) + bias >= threshold; x is x or h.
+
+    Reads fc1 [rank, n_embd] and fc2 [n_ff, rank] once for every TOKENS tokens.
+    """
+    n_tok = load_i32(arg(args, PREDICT.counts))
+    fc1, fc2 = args + 8 * PREDICT.fc1, args + 8 * PREDICT.fc2
+    n, rank = arg(fc1, MATRIX.cols), arg(fc1, MATRIX.rows)
+    x, hidden = arg(args, PREDICT.x), arg(args, PREDICT.hidden)
+    packs, size = arg(args, PREDICT.packs), arg(args, PREDICT.pack_bytes)
+    hidden_packs, hidden_size = (
+        arg(args, PREDICT.hidden_packs),
+        arg(args, PREDICT.hidden_pack_bytes),
+    )
+    scratch = arg(args, PREDICT.scratch) + thread * arg(args, PREDICT.scratch_bytes)
+
+    n_pack = 0 if arg(args, PREDICT.is_packed) or n % 32 else n_tok
+    while True:
+        t = take(control, 0, epoch, n_pack)
+        if t < 0:
+            break
+        pack(x + t * n * 4, n, packs + t * size, arg(args, PREDICT.ones))
+        finish(control, 0)
+    if not wait(control, 0, epoch, n_pack):
+        return
+
+    n_tasks = n_tasks_of(fc1)
+    while True:
+        task = take(control, 1, epoch, n_tasks)
+        if task < 0:
+            break
+        matmul_task(fc1, task, n_tok, x, packs, size, hidden, rank, STORE, scratch)
+        finish(control, 1)
+    if not wait(control, 1, epoch, n_tasks):
+        return
+
+    while True:
+        t = take(control, 2, epoch, n_tok)
+        if t < 0:
+            break
+        row = hidden + t * rank * 4
+        for i in range(rank):
+            store_f32(row + 4 * i, max(load_f32(row + 4 * i), np.float32(0)))
+        if rank % 32 == 0:
+            pack(row, rank, hidden_packs + t * hidden_size, arg(args, PREDICT.ones))
+        finish(control, 2)
+    if not wait(control, 2, epoch, n_tok):
+        return
+
+    n_tasks = n_tasks_of(fc2)
+    threshold = load_f32(arg(args, PREDICT.threshold))
+    n_ff, bias = arg(fc2, MATRIX.rows), arg(fc2, MATRIX.bias)
+    while True:
+        task = take(control, 3, epoch, n_tasks)
+        if task < 0:
+            break
+        for block in range(0, n_tok, TOKENS):
+            for row in range(task * ROWS, min((task + 1) * ROWS, n_ff)):
+                w = arg(fc2, MATRIX.data) + row * arg(fc2, MATRIX.row_bytes)
+                for t in range(block, min(block + TOKENS, n_tok)):
+                    packed = hidden_packs + t * hidden_size
+                    score = dot(
+                        arg(fc2, MATRIX.type), w, rank, hidden + t * rank * 4, packed, scratch
+                    )
+                    if bias != 0:
+                        score += load_f32(bias + 4 * row)
+                    at = arg(args, PREDICT.mask) + t * n_ff + row
+                    store_u8(at, np.uint8(score >= threshold))
+        finish(control, 3)
+    wait(control, 3, epoch, n_tasks)
+
+
+# -- head -------------------------------------------------------------------------------------
+
+HEAD = layout(
+    "counts outputs x norm n_embd eps h packs pack_bytes ones logits scratch scratch_bytes "
+    "output:MATRIX"
+)
+
+
+@job
+def head(args, control, epoch, thread):
+    """logits [n_out, n_vocab] = rms_norm(x of the wanted tokens) @ output^T."""
+    n_out = load_i32(arg(args, HEAD.counts) + 4)
+    n = arg(args, HEAD.n_embd)
+    h, packs, size = arg(args, HEAD.h), arg(args, HEAD.packs), arg(args, HEAD.pack_bytes)
+    eps = load_f32(arg(args, HEAD.eps))
+    while True:
+        i = take(control, 0, epoch, n_out)
+        if i < 0:
+            break
+        t = load_i32(arg(args, HEAD.outputs) + 4 * i)
+        norm_task(
+            arg(args, HEAD.x) + t * n * 4,
+            arg(args, HEAD.norm),
+            n,
+            eps,
+            h + i * n * 4,
+            packs + i * size,
+            arg(args, HEAD.ones),
+        )
+        finish(control, 0)
+    if not wait(control, 0, epoch, n_out):
+        return
+    scratch = arg(args, HEAD.scratch) + thread * arg(args, HEAD.scratch_bytes)
+    output = args + 8 * HEAD.output
+    n_tasks = n_tasks_of(output)
+    while True:
+        task = take(control, 1, epoch, n_tasks)
+        if task < 0:
+            break
+        rows = arg(output, MATRIX.rows)
+        matmul_task(
+            output, task, n_out, h, packs, size, arg(args, HEAD.logits), rows, STORE, scratch
+        )
+        finish(control, 1)
+    wait(control, 1, epoch, n_tasks)

@@ -1,0 +1,259 @@
+"""The operators of backend.Backend on the CPU: an argument block per layer, a job per operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..backend import Plan
+from . import attention, ffn, linear
+from .block import build, matrix
+from .jit import Job, load_jobs
+from .pool import Pool, physical_cores
+from .rows import F16, F32, SCRATCH, pack_bytes
+
+Block = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+_JOBS = (
+    linear.embed,
+    linear.ffn_norm,
+    linear.out_add,
+    linear.predict,
+    linear.head,
+    attention.qkv,
+    attention.attend,
+    ffn.ffn,
+)
+
+
+class CPU:
+    """Runs a plan on `threads` threads (None: one per physical core)."""
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        plan: Plan,
+        threads: int | None = None,
+        notify: Callable[[str], Any] = lambda _: None,
+    ) -> None:
+        load_jobs(_JOBS, notify)
+        self.pool = Pool(threads or physical_cores())
+        self._plan = plan
+        self._keep: list[np.ndarray] = []  # memory that blocks point to
+        c, w, b, step = plan.config, plan.weights, plan.buffers, plan.step
+        n_tok, n_out = len(step.tokens), len(step.outputs)
+        q_dim, kv_dim = c.n_head * c.head_dim, c.n_head_kv * c.head_dim
+        rank = max((layer.fc1.rows for layer in w.layers if layer.fc1 is not None), default=0)
+        standard_down = not w.is_transposed
+
+        # A thread's scratch: the end of a row, then scores of a context or two FFN accumulators.
+        # An odd number of cache lines, so that threads do not meet in the same cache sets.
+        context = len(plan.rope) + 16
+        scratch_bytes = -(-(SCRATCH + 4 * max(context, 2 * c.n_embd)) // 128) * 128 + 64
+        scratch = {
+            "scratch": self._bytes(self.pool.n_threads * scratch_bytes),
+            "scratch_bytes": scratch_bytes,
+        }
+        packed_embd = {
+            "packs": self._bytes(max(n_tok, n_out) * pack_bytes(c.n_embd)),
+            "pack_bytes": pack_bytes(c.n_embd),
+            "ones": self._keeping(np.ones(64, np.int8)),
+        }
+        residual_packs = self._bytes(n_tok * pack_bytes(c.n_embd))
+        eps = self._keeping(np.array([c.norm_eps], np.float32))
+        normed = {"x": b.x, "n_embd": c.n_embd, "eps": eps, **packed_embd}
+        where = {
+            "counts": step.counts,
+            "positions": step.positions,
+            "rows": step.rows,
+            "pages": step.pages,
+            "pages_cols": step.pages.shape[1],
+        }
+        heads = {"n_head": c.n_head, "n_head_kv": c.n_head_kv, "head_dim": c.head_dim}
+        kv_type = F16 if plan.cache.k.dtype == np.float16 else F32
+        attention_h = self._floats(n_tok, c.n_embd)
+        k, v = self._floats(n_tok, kv_dim), self._floats(n_tok, kv_dim)
+        a_packs = self._bytes(n_tok * pack_bytes(q_dim))
+        hidden = self._floats(n_tok, rank)
+        hidden_packs = self._bytes(n_tok * pack_bytes(rank))
+        act = self._floats(n_tok, c.n_ff)
+        act_packs = self._bytes(n_tok * pack_bytes(c.n_ff) if standard_down else 0)
+        neurons = {
+            "rows": self._ints(c.n_ff),
+            "n_rows": self._ints(1),
+            "fired": self._ints(n_tok, c.n_ff),
+            "n_fired": self._ints(n_tok),
+        }
+        lanes = self._floats(ffn.LANES, c.n_embd)
+        scale = self._keeping(np.array([1 / np.sqrt(c.head_dim)], np.float32))
+        thresholds = self._keeping(np.array(plan.thresholds, np.float32))
+
+        self._embed = build(
+            linear.EMBED, counts=step.counts, tokens=step.tokens, x=b.x, embd=matrix(w.embd)
+        )
+        self._head = build(
+            linear.HEAD,
+            counts=step.counts,
+            outputs=step.outputs,
+            norm=w.output_norm.data,
+            h=self._floats(n_out, c.n_embd),
+            logits=b.logits,
+            output=matrix(w.output),
+            **normed,
+            **scratch,
+        )
+        self._qkv: list[Block] = []
+        self._attend: list[Block] = []
+        self._out_add: list[Block] = []
+        self._ffn_norm: list[Block] = []
+        self._predict: list[Block] = []
+        self._ffn: list[Block] = []
+        for il, layer in enumerate(w.layers):
+            cache = {"k_cache": plan.cache.k[il], "v_cache": plan.cache.v[il], "kv_type": kv_type}
+            self._qkv.append(
+                build(
+                    attention.QKV,
+                    norm=layer.attn_norm.data,
+                    h=attention_h,
+                    q=b.q,
+                    k=k,
+                    v=v,
+                    rope=plan.rope,
+                    rope_half=plan.rope.shape[2],
+                    wq=matrix(layer.wq, layer.bq),
+                    wk=matrix(layer.wk, layer.bk),
+                    wv=matrix(layer.wv, layer.bv),
+                    **where,
+                    **normed,
+                    **heads,
+                    **cache,
+                    **scratch,
+                )
+            )
+            self._attend.append(
+                build(
+                    attention.ATTEND,
+                    q=b.q,
+                    a=b.a,
+                    scale=scale,
+                    **where,
+                    **heads,
+                    **cache,
+                    **scratch,
+                )
+            )
+            self._out_add.append(
+                build(
+                    linear.OUT,
+                    counts=step.counts,
+                    a=b.a,
+                    packs=a_packs,
+                    pack_bytes=pack_bytes(q_dim),
+                    ones=packed_embd["ones"],
+                    x=b.x,
+                    wo=matrix(layer.wo, layer.bo),
+                    **scratch,
+                )
+            )
+            self._ffn_norm.append(
+                build(linear.NORM, counts=step.counts, norm=layer.ffn_norm.data, h=b.h, **normed)
+            )
+            if layer.fc1 is not None and layer.fc2 is not None:
+                is_normed = c.predictor_input == "normed"
+                self._predict.append(
+                    build(
+                        linear.PREDICT,
+                        counts=step.counts,
+                        x=b.h if is_normed else b.x,
+                        packs=packed_embd["packs"] if is_normed else residual_packs,
+                        pack_bytes=pack_bytes(c.n_embd),
+                        is_packed=is_normed,  # by ffn_norm
+                        ones=packed_embd["ones"],
+                        hidden=hidden,
+                        hidden_packs=hidden_packs,
+                        hidden_pack_bytes=pack_bytes(rank),
+                        mask=b.mask,
+                        threshold=thresholds[il : il + 1],
+                        fc1=matrix(layer.fc1),
+                        fc2=matrix(layer.fc2, layer.fc2_bias),
+                        **scratch,
+                    )
+                )
+            down = layer.down if layer.down_t is None else layer.down_t
+            assert down is not None
+            self._ffn.append(
+                build(
+                    ffn.FFN,
+                    counts=step.counts,
+                    h=b.h,
+                    mask=b.mask,
+                    has_mask=plan.mode == "predicted",
+                    is_dense=plan.mode == "dense",
+                    act=act,
+                    activation=ffn.ACTIVATIONS[c.activation],
+                    x=b.x,
+                    down_bias=0 if layer.down_bias is None else layer.down_bias.data,
+                    lanes=lanes,
+                    totals=b.counts[il],
+                    act_packs=act_packs,
+                    act_pack_bytes=pack_bytes(c.n_ff),
+                    is_transposed=layer.down_t is not None,
+                    gate=matrix(layer.gate, layer.gate_bias),
+                    up=matrix(layer.up, layer.up_bias),
+                    # Its bias goes to the matmul in the standard layout only.
+                    down=matrix(down, layer.down_bias if layer.down_t is None else None),
+                    **packed_embd,
+                    **neurons,
+                    **scratch,
+                )
+            )
+
+    def _keeping(self, array: np.ndarray) -> np.ndarray:
+        self._keep.append(array)
+        return array
+
+    def _bytes(self, n: int) -> np.ndarray:
+        """Return `n` bytes at a multiple of 64."""
+        memory = self._keeping(np.zeros(n + 64, np.uint8))
+        start = -memory.ctypes.data % 64
+        return memory[start : start + n]
+
+    def _floats(self, *shape: int) -> np.ndarray:
+        return self._bytes(4 * int(np.prod(shape))).view(np.float32).reshape(shape)
+
+    def _ints(self, *shape: int) -> np.ndarray:
+        return self._bytes(4 * int(np.prod(shape))).view(np.int32).reshape(shape)
+
+    def _run(self, job: Job, block: Block) -> None:
+        self.pool.run(job, block.ctypes.data)
+
+    def embed(self) -> None:
+        self._run(linear.embed, self._embed)
+
+    def qkv(self, il: int) -> None:
+        self._run(attention.qkv, self._qkv[il])
+
+    def attend(self, il: int) -> None:
+        self._run(attention.attend, self._attend[il])
+
+    def out_add(self, il: int) -> None:
+        self._run(linear.out_add, self._out_add[il])
+
+    def ffn_norm(self, il: int) -> None:
+        self._run(linear.ffn_norm, self._ffn_norm[il])
+
+    def predict(self, il: int) -> None:
+        self._run(linear.predict, self._predict[il])
+
+    def ffn(self, il: int) -> None:
+        self._run(ffn.ffn, self._ffn[il])
+
+    def head(self) -> None:
+        self._run(linear.head, self._head)
+
+    def close(self) -> None:
+        self.pool.close()

@@ -1,0 +1,223 @@
+"""A pool of threads that run jobs inside nogil code, without a lock on the way.
+
+A job is divided into phases, a phase into tasks. Every thread takes tasks of a phase from an
+atomic counter until there are none, then waits until all of them are finished, then goes on to
+the next phase. No thread waits for another to *arrive*: the calling thread can do a whole job
+alone, so a worker that the system has put aside costs no more than the task it holds.
+
+Counters carry the job's epoch in their upper half. A worker that comes late, when the job it was
+called for is over, sees another epoch and leaves without having touched anything.
+
+Control block, in 64-byte lines: [epoch] [job address, args address, last epoch]
+then for each phase [epoch << 32 | next task] [epoch << 32 | finished tasks].
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+
+import numpy as np
+
+from .jit import Job, inline, nogil
+from .simd import (
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    call_job,
+    compare_and_swap,
+    load_i64,
+    pause,
+    yield_core,
+)
+
+PHASES = 6
+_LINE = 64
+_COUNTERS = 2 * _LINE
+_BUSY = -1  # the epoch while a job is being published
+_EPOCHS = (1 << 31) - 1
+_SPINS = 1000  # pauses (some 40 us) before the core is offered to others
+_IDLE_YIELDS = 1000  # offers of 64 pauses each (some ms in all) before a worker goes to sleep
+
+
+@inline
+def take(control, phase, epoch, n_tasks):
+    """Return the next task of a phase, or -1 when there is none left (or the job is over)."""
+    counter = control + _COUNTERS + phase * 2 * _LINE
+    while True:
+        seen = atomic_load(counter)
+        if seen >> 32 != epoch:
+            return -1
+        task = seen & 0xFFFFFFFF
+        if task >= n_tasks:
+            return -1
+        if compare_and_swap(counter, seen, seen + 1):
+            return task
+
+
+@inline
+def finish(control, phase):
+    """Say that a task taken from this phase is done."""
+    atomic_add(control + _COUNTERS + phase * 2 * _LINE + _LINE, 1)
+
+
+@inline
+def wait(control, phase, epoch, n_tasks):
+    """Wait until all tasks of a phase are done; False when the job is over already."""
+    counter = control + _COUNTERS + phase * 2 * _LINE + _LINE
+    spins = 0
+    while True:
+        seen = atomic_load(counter)
+        if seen >> 32 != epoch:
+            return False
+        if seen & 0xFFFFFFFF >= n_tasks:
+            return True
+        spins += 1
+        pause()
+        if spins > _SPINS:
+            yield_core()
+
+
+@nogil("int64(intp, intp, intp)")
+def _run(control, function, args):
+    """Publish a job, work on it as thread 0, and return when it is done."""
+    epoch = (load_i64(control + _LINE + 16) + 1) & _EPOCHS
+    atomic_store(control, _BUSY)
+    atomic_store(control + _LINE, function)
+    atomic_store(control + _LINE + 8, args)
+    atomic_store(control + _LINE + 16, epoch)
+    for phase in range(PHASES):
+        counters = control + _COUNTERS + phase * 2 * _LINE
+        atomic_store(counters, epoch << 32)
+        atomic_store(counters + _LINE, epoch << 32)
+    atomic_store(control, epoch)
+    if function != 0:
+        call_job(function, args, control, epoch, 0)
+    return epoch
+
+
+@nogil("int64(intp, intp, intp)")
+def _work(control, thread, last):
+    """Work on jobs until there has been none for a few milliseconds.
+
+    Returns the last epoch seen, or -1 when the pool closes.
+    """
+    idle = 0
+    while True:
+        epoch = atomic_load(control)
+        if epoch != last and epoch != _BUSY:
+            function = atomic_load(control + _LINE)
+            args = atomic_load(control + _LINE + 8)
+            if atomic_load(control) == epoch:  # else another job is being published
+                if function == 0:
+                    return -1
+                call_job(function, args, control, epoch, thread)
+                last = epoch
+            idle = 0
+            continue
+        idle += 1
+        pause()
+        if idle & 63 == 0:
+            yield_core()
+        if idle > 64 * _IDLE_YIELDS:
+            return last
+
+
+class _Shared:
+    """What the worker threads hold on to; never the Pool, so that it can be collected."""
+
+    def __init__(self) -> None:
+        memory = np.zeros(_COUNTERS + PHASES * 2 * _LINE + _LINE, np.uint8)
+        self.memory = memory
+        self.control = -(-memory.ctypes.data // _LINE) * _LINE
+        self.condition = threading.Condition()
+        self.asleep = 0
+        self.wakes = 0
+
+
+def _worker(shared: _Shared, thread: int) -> None:
+    last = 0
+    while True:
+        last = _work(shared.control, thread, last)
+        if last < 0:
+            return
+        with shared.condition:
+            shared.asleep += 1
+            wakes = shared.wakes
+            while shared.wakes == wakes and load_epoch(shared.control) == last:
+                # The time limit only guards against a wake-up lost to a signal.
+                shared.condition.wait(1.0)
+            shared.asleep -= 1
+
+
+@nogil("int64(intp)")
+def load_epoch(control):
+    """Return the epoch published last."""
+    return atomic_load(control)
+
+
+def _wake(shared: _Shared) -> None:
+    with shared.condition:
+        shared.wakes += 1
+        shared.condition.notify_all()
+
+
+def _stop(shared: _Shared, threads: list[threading.Thread]) -> None:
+    _run(shared.control, 0, 0)
+    _wake(shared)
+    for thread in threads:
+        thread.join(5.0)
+
+
+class Pool:
+    """`n_threads` threads, of which the caller of `run` is one."""
+
+    def __init__(self, n_threads: int) -> None:
+        self.n_threads = n_threads
+        self._lock = threading.Lock()
+        self._start()
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._shared = _Shared()
+        threads = [
+            threading.Thread(
+                target=_worker, args=(self._shared, i), name=f"powerinfer-{i}", daemon=True
+            )
+            for i in range(1, self.n_threads)
+        ]
+        for thread in threads:
+            thread.start()
+        self._stopper = weakref.finalize(self, _stop, self._shared, threads)
+
+    def run(self, job: Job, args: int) -> None:
+        """Run a job on all threads; `args` is the address of its argument block."""
+        with self._lock:
+            if os.getpid() != self._pid:  # after a fork only the calling thread is left
+                self._stopper.detach()
+                self._start()
+            if self._shared.asleep:
+                _wake(self._shared)
+            _run(self._shared.control, job.address, args)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._stopper()
+
+
+def physical_cores() -> int:
+    """Return the number of physical cores that this process may use."""
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in allowed:
+        try:
+            path = f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+            with open(path, encoding="ascii") as file:
+                cores.add(file.read().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))

@@ -1,0 +1,280 @@
+"""Rows of weights: dot products with packed activations, and axpy; one place per format.
+
+Packed activations of one token (`pack`), n columns padded to n_pad = a multiple of 512, planes
+in this order (all offsets are multiples of 64):
+
+    scales   f32  [n_pad / 32]   amax / 127 of each block of 32
+    q8       int8 [n_pad]        natural order                       for Q8_0 rows
+    bias8    i32  [n_pad / 4]    -Q8_BIAS * (sum of 4 neighbours)
+    q4       int8 [n_pad]        per 4 blocks: the first 16 of each, then the last 16 of each,
+                                 as the nibbles of 4 Q4_0 blocks lie     for Q4_0 rows
+    bias4    i32  [n_pad / 8]    -8 * (sum of the 8 that meet in one lane)
+
+Rounding: DESIGN.md section 6 (int8 in blocks of 32, half to even), the same as
+formats.round_activations. Float formats read the activations as they are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..formats import GGMLType
+from .jit import inline
+from .simd import (
+    Q8_BIAS,
+    absolute,
+    add,
+    dot_bytes,
+    dot_nibbles,
+    fma,
+    fma1,
+    high_nibbles,
+    load_bf16,
+    load_bf16x16,
+    load_f16,
+    load_f16x16,
+    load_f32,
+    load_f32x16,
+    load_i8x16,
+    load_i8x64,
+    load_i32x16,
+    load_q4_0_quants,
+    load_q8_0_quants,
+    load_u8,
+    low_nibbles,
+    max16,
+    maximum,
+    mul,
+    prefetch,
+    q4_0_high,
+    q4_0_low,
+    q4_0_scales,
+    q8_0_scales,
+    rint,
+    scale_i32,
+    splat,
+    store_f32,
+    store_f32x16,
+    store_i8x16,
+    store_i32x16,
+    store_u8,
+    sum16,
+    to_f32,
+)
+
+F32, F16, BF16 = int(GGMLType.F32), int(GGMLType.F16), int(GGMLType.BF16)
+Q8_0, Q4_0 = int(GGMLType.Q8_0), int(GGMLType.Q4_0)
+
+PREFETCH = 1024  # bytes ahead
+SCRATCH = 128  # bytes of a thread's scratch that `dot` uses for the end of a row
+_ONES = np.ones(64, np.int8)
+
+
+def padded(n: int) -> int:
+    """Return n rounded up to what the planes of a pack need."""
+    return -(-n // 512) * 512
+
+
+def pack_bytes(n: int) -> int:
+    """Return the bytes of one token's pack for rows of n."""
+    return padded(n) * 29 // 8
+
+
+@inline
+def pack(x, n, out, ones):
+    """Round float32 x [n] (n a multiple of 32) into its planes at `out`.
+
+    `ones`: address of 64 bytes of 1. Reads 4 n bytes, writes 3.6 n.
+    """
+    n_pad = (n + 511) // 512 * 512
+    q8 = out + n_pad // 8
+    bias8 = q8 + n_pad
+    q4 = bias8 + n_pad
+    bias4 = q4 + n_pad
+    zero = splat(np.float32(0))
+    for block in range(n_pad // 32):
+        low, high, scale = zero, zero, np.float32(0)
+        if block * 32 < n:
+            low, high = load_f32x16(x + 128 * block), load_f32x16(x + 128 * block + 64)
+            amax = max16(maximum(absolute(low), absolute(high)))
+            scale = amax / np.float32(127)
+            inverse = splat(np.float32(0) if amax == 0 else np.float32(127) / amax)
+            low, high = rint(mul(low, inverse)), rint(mul(high, inverse))
+        store_f32(out + 4 * block, scale)
+        store_i8x16(q8 + 32 * block, low)
+        store_i8x16(q8 + 32 * block + 16, high)
+        group = q4 + block // 4 * 128 + block % 4 * 16
+        store_i8x16(group, low)
+        store_i8x16(group + 64, high)
+    one = load_i8x64(ones)
+    nothing = scale_i32(load_i32x16(ones), 0)
+    for i in range(n_pad // 64):
+        sums = dot_nibbles(nothing, one, load_i8x64(q8 + 64 * i))
+        store_i32x16(bias8 + 64 * i, scale_i32(sums, -Q8_BIAS))
+    for i in range(n_pad // 128):
+        sums = dot_nibbles(nothing, one, load_i8x64(q4 + 128 * i))
+        sums = dot_nibbles(sums, one, load_i8x64(q4 + 128 * i + 64))
+        store_i32x16(bias4 + 64 * i, scale_i32(sums, -8))
+
+
+@inline
+def _q4_0_group(w, scales, bias, q, total):
+    """total + (4 Q4_0 blocks at w) . (128 packed activations)."""
+    nibbles = load_q4_0_quants(w)
+    lanes = dot_nibbles(load_i32x16(bias), low_nibbles(nibbles), load_i8x64(q))
+    lanes = dot_nibbles(lanes, high_nibbles(nibbles), load_i8x64(q + 64))
+    return fma(to_f32(lanes), q4_0_scales(w, scales), total)
+
+
+@inline
+def _dot_q4_0(w, n, x, scratch):
+    """Sum over blocks of d * s * (sum of q4 * q8 - 8 * sum of q8); reads n / 32 * 18 bytes."""
+    n_pad = (n + 511) // 512 * 512
+    q = x + n_pad * 19 // 8
+    bias = x + n_pad * 27 // 8
+    n_blocks = n // 32
+    total = splat(np.float32(0))
+    for g in range(n_blocks // 4):
+        prefetch(w + PREFETCH)
+        total = _q4_0_group(w, x + 16 * g, bias + 64 * g, q + 128 * g, total)
+        w += 72
+    rest = n_blocks % 4 * 18
+    if rest:
+        # The row ends inside a group: continue in a copy with blocks of zero behind it.
+        for i in range(72):
+            store_u8(scratch + i, load_u8(w + i) if i < rest else np.uint8(0))
+        g = n_blocks // 4
+        total = _q4_0_group(scratch, x + 16 * g, bias + 64 * g, q + 128 * g, total)
+    return sum16(total)
+
+
+@inline
+def _q8_0_group(w, scales, bias, q, total):
+    """total + (2 Q8_0 blocks at w) . (64 packed activations)."""
+    lanes = dot_bytes(load_i32x16(bias), load_q8_0_quants(w), load_i8x64(q))
+    return fma(to_f32(lanes), q8_0_scales(w, scales), total)
+
+
+@inline
+def _dot_q8_0(w, n, x, scratch):
+    """Sum over blocks of d * s * (sum of q8 * q8); reads n / 32 * 34 bytes."""
+    n_pad = (n + 511) // 512 * 512
+    q = x + n_pad // 8
+    bias = q + n_pad
+    n_blocks = n // 32
+    total = splat(np.float32(0))
+    for g in range(n_blocks // 2):
+        prefetch(w + PREFETCH)
+        total = _q8_0_group(w, x + 8 * g, bias + 64 * g, q + 64 * g, total)
+        w += 68
+    if n_blocks % 2:
+        for i in range(68):
+            store_u8(scratch + i, load_u8(w + i) if i < 34 else np.uint8(0))
+        g = n_blocks // 2
+        total = _q8_0_group(scratch, x + 8 * g, bias + 64 * g, q + 64 * g, total)
+    return sum16(total)
+
+
+@inline
+def _dot_f32(w, n, x):
+    even, odd = splat(np.float32(0)), splat(np.float32(0))
+    for i in range(0, n - 31, 32):
+        prefetch(w + 4 * i + PREFETCH)
+        even = fma(load_f32x16(w + 4 * i), load_f32x16(x + 4 * i), even)
+        odd = fma(load_f32x16(w + 4 * i + 64), load_f32x16(x + 4 * i + 64), odd)
+    total = sum16(add(even, odd))
+    for i in range(n // 32 * 32, n):
+        total = fma1(load_f32(w + 4 * i), load_f32(x + 4 * i), total)
+    return total
+
+
+@inline
+def _dot_f16(w, n, x):
+    even, odd = splat(np.float32(0)), splat(np.float32(0))
+    for i in range(0, n - 31, 32):
+        prefetch(w + 2 * i + PREFETCH)
+        even = fma(load_f16x16(w + 2 * i), load_f32x16(x + 4 * i), even)
+        odd = fma(load_f16x16(w + 2 * i + 32), load_f32x16(x + 4 * i + 64), odd)
+    total = sum16(add(even, odd))
+    for i in range(n // 32 * 32, n):
+        total = fma1(load_f16(w + 2 * i), load_f32(x + 4 * i), total)
+    return total
+
+
+@inline
+def _dot_bf16(w, n, x):
+    even, odd = splat(np.float32(0)), splat(np.float32(0))
+    for i in range(0, n - 31, 32):
+        prefetch(w + 2 * i + PREFETCH)
+        even = fma(load_bf16x16(w + 2 * i), load_f32x16(x + 4 * i), even)
+        odd = fma(load_bf16x16(w + 2 * i + 32), load_f32x16(x + 4 * i + 64), odd)
+    total = sum16(add(even, odd))
+    for i in range(n // 32 * 32, n):
+        total = fma1(load_bf16(w + 2 * i), load_f32(x + 4 * i), total)
+    return total
+
+
+@inline
+def dot(type_, w, n, x, packed, scratch):
+    """Return row w [n] . activations: float32 `x`, or `packed` where the format is integer."""
+    if type_ == Q4_0:
+        return _dot_q4_0(w, n, packed, scratch)
+    if type_ == Q8_0:
+        return _dot_q8_0(w, n, packed, scratch)
+    if type_ == F16:
+        return _dot_f16(w, n, x)
+    if type_ == BF16:
+        return _dot_bf16(w, n, x)
+    return _dot_f32(w, n, x)
+
+
+@inline
+def axpy(type_, w, n, a, y):
+    """y [n] += a * row w, in float32; reads the row and 8 n bytes of y."""
+    if type_ == Q4_0:
+        for i in range(n // 32):
+            prefetch(w + PREFETCH)
+            scale = splat(a * load_f16(w))
+            at = y + 128 * i
+            store_f32x16(at, fma(q4_0_low(w + 2), scale, load_f32x16(at)))
+            store_f32x16(at + 64, fma(q4_0_high(w + 2), scale, load_f32x16(at + 64)))
+            w += 18
+    elif type_ == Q8_0:
+        for i in range(n // 32):
+            prefetch(w + PREFETCH)
+            scale = splat(a * load_f16(w))
+            at = y + 128 * i
+            store_f32x16(at, fma(load_i8x16(w + 2), scale, load_f32x16(at)))
+            store_f32x16(at + 64, fma(load_i8x16(w + 18), scale, load_f32x16(at + 64)))
+            w += 34
+    elif type_ == F16:
+        scale = splat(a)
+        for i in range(0, n - 15, 16):
+            at = y + 4 * i
+            store_f32x16(at, fma(load_f16x16(w + 2 * i), scale, load_f32x16(at)))
+        for i in range(n // 16 * 16, n):
+            store_f32(y + 4 * i, fma1(load_f16(w + 2 * i), a, load_f32(y + 4 * i)))
+    elif type_ == BF16:
+        scale = splat(a)
+        for i in range(0, n - 15, 16):
+            at = y + 4 * i
+            store_f32x16(at, fma(load_bf16x16(w + 2 * i), scale, load_f32x16(at)))
+        for i in range(n // 16 * 16, n):
+            store_f32(y + 4 * i, fma1(load_bf16(w + 2 * i), a, load_f32(y + 4 * i)))
+    else:
+        scale = splat(a)
+        for i in range(0, n - 15, 16):
+            at = y + 4 * i
+            store_f32x16(at, fma(load_f32x16(w + 4 * i), scale, load_f32x16(at)))
+        for i in range(n // 16 * 16, n):
+            store_f32(y + 4 * i, fma1(load_f32(w + 4 * i), a, load_f32(y + 4 * i)))
+
+
+@inline
+def fill_zero(y, n):
+    """y [n] = 0 (float32)."""
+    zero = splat(np.float32(0))
+    for i in range(0, n - 15, 16):
+        store_f32x16(y + 4 * i, zero)
+    for i in range(n // 16 * 16, n):
+        store_f32(y + 4 * i, np.float32(0))

@@ -1,0 +1,221 @@
+"""Block formats of ggml tensors: sizes, names, decoding and encoding in NumPy (the oracle).
+
+Source: ggml-common.h / ggml-quants.c of llama.cpp; gguf.quants gives the same bytes.
+A row of n weights is stored as n / block_size blocks of block_bytes each:
+
+    F32, F16, BF16   one number a block
+    Q8_0             32 weights: fp16 scale d, 32 int8 q;            w = d * q
+    Q4_0             32 weights: fp16 scale d, 16 bytes of nibbles;  w = d * (q - 8)
+                     byte j holds weight j in its low nibble, weight j + 16 in its high one
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.generic]
+F32Array = npt.NDArray[np.float32]
+U8Array = npt.NDArray[np.uint8]
+
+QK = 32  # weights in a block of every format that we compute with
+
+
+class GGMLType(IntEnum):
+    """Tensor types of GGUF, by their number in the file."""
+
+    F32 = 0
+    F16 = 1
+    Q4_0 = 2
+    Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
+    Q8_0 = 8
+    Q8_1 = 9
+    Q2_K = 10
+    Q3_K = 11
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+    Q8_K = 15
+    IQ2_XXS = 16
+    IQ2_XS = 17
+    IQ3_XXS = 18
+    IQ1_S = 19
+    IQ4_NL = 20
+    IQ3_S = 21
+    IQ2_S = 22
+    IQ4_XS = 23
+    I8 = 24
+    I16 = 25
+    I32 = 26
+    I64 = 27
+    F64 = 28
+    IQ1_M = 29
+    BF16 = 30
+    TQ1_0 = 34
+    TQ2_0 = 35
+    MXFP4 = 39
+
+
+# PowerInfer forked ggml before the IQ types existed: in PWRI files these numbers mean integers.
+LEGACY_PWRI_TYPES = {16: GGMLType.I8, 17: GGMLType.I16, 18: GGMLType.I32}
+
+# (weights in a block, bytes in a block)
+BLOCK_SIZES: dict[GGMLType, tuple[int, int]] = {
+    GGMLType.F32: (1, 4),
+    GGMLType.F16: (1, 2),
+    GGMLType.BF16: (1, 2),
+    GGMLType.F64: (1, 8),
+    GGMLType.I8: (1, 1),
+    GGMLType.I16: (1, 2),
+    GGMLType.I32: (1, 4),
+    GGMLType.I64: (1, 8),
+    GGMLType.Q4_0: (32, 18),
+    GGMLType.Q4_1: (32, 20),
+    GGMLType.Q5_0: (32, 22),
+    GGMLType.Q5_1: (32, 24),
+    GGMLType.Q8_0: (32, 34),
+    GGMLType.Q8_1: (32, 40),
+    GGMLType.Q2_K: (256, 84),
+    GGMLType.Q3_K: (256, 110),
+    GGMLType.Q4_K: (256, 144),
+    GGMLType.Q5_K: (256, 176),
+    GGMLType.Q6_K: (256, 210),
+    GGMLType.Q8_K: (256, 292),
+    GGMLType.IQ2_XXS: (256, 66),
+    GGMLType.IQ2_XS: (256, 74),
+    GGMLType.IQ3_XXS: (256, 98),
+    GGMLType.IQ1_S: (256, 50),
+    GGMLType.IQ4_NL: (32, 18),
+    GGMLType.IQ3_S: (256, 110),
+    GGMLType.IQ2_S: (256, 82),
+    GGMLType.IQ4_XS: (256, 136),
+    GGMLType.IQ1_M: (256, 56),
+    GGMLType.TQ1_0: (256, 54),
+    GGMLType.TQ2_0: (256, 66),
+    GGMLType.MXFP4: (32, 17),
+}
+
+# Plain NumPy dtypes, for the types that are arrays of ordinary numbers.
+NUMPY_DTYPES: dict[GGMLType, np.dtype[np.generic]] = {
+    GGMLType.F32: np.dtype("<f4"),
+    GGMLType.F16: np.dtype("<f2"),
+    GGMLType.F64: np.dtype("<f8"),
+    GGMLType.I8: np.dtype("i1"),
+    GGMLType.I16: np.dtype("<i2"),
+    GGMLType.I32: np.dtype("<i4"),
+    GGMLType.I64: np.dtype("<i8"),
+}
+
+# Types whose dot products round the activations to int8 (DESIGN: activation rounding).
+INTEGER_DOT = frozenset({GGMLType.Q4_0, GGMLType.Q8_0})
+# Types that `reference` and `cpu` compute with.
+COMPUTE_TYPES = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q4_0})
+
+
+def row_bytes(type_: GGMLType, n: int) -> int:
+    """Return the bytes of a row of `n` weights; ValueError if it is not whole blocks."""
+    block, size = BLOCK_SIZES[type_]
+    if n % block:
+        raise ValueError(f"a row of {n} is not a whole number of {type_.name} blocks of {block}")
+    return n // block * size
+
+
+def decode(type_: GGMLType, data: U8Array) -> F32Array:
+    """Decode raw rows to float32.
+
+    `data`: uint8 [..., row bytes]. Returns float32 [..., n]. ValueError for a type that this
+    version cannot decode.
+    """
+    if type_ is GGMLType.F32:
+        return np.ascontiguousarray(data).view(np.float32)
+    if type_ is GGMLType.F16:
+        return np.ascontiguousarray(data).view(np.float16).astype(np.float32)
+    if type_ is GGMLType.BF16:
+        bits = np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << 16
+        return bits.view(np.float32)
+    if type_ not in (GGMLType.Q8_0, GGMLType.Q4_0):
+        raise ValueError(f"{type_.name} tensors cannot be decoded")
+    size = BLOCK_SIZES[type_][1]
+    blocks = np.ascontiguousarray(data).reshape(*data.shape[:-1], -1, size)
+    scale = blocks[..., :2].copy().view(np.float16).astype(np.float32)  # [..., n_blocks, 1]
+    if type_ is GGMLType.Q8_0:
+        quants = blocks[..., 2:].view(np.int8).astype(np.float32)
+    else:
+        nibbles = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)
+        quants = nibbles.astype(np.float32) - 8
+    return (scale * quants).reshape(*data.shape[:-1], -1)
+
+
+def encode(type_: GGMLType, x: F32Array) -> U8Array:
+    """Encode float32 rows into raw rows, the same bytes as gguf.quants.
+
+    `x`: float32 [..., n]. Returns uint8 [..., row bytes]. ValueError for a type that is not
+    written by this version.
+    """
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    if type_ is GGMLType.F32:
+        return x.view(np.uint8)
+    if type_ is GGMLType.F16:
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).view(np.uint8)
+    if type_ is GGMLType.BF16:
+        return _encode_bf16(x).view(np.uint8)
+    if type_ not in (GGMLType.Q8_0, GGMLType.Q4_0):
+        raise ValueError(f"{type_.name} tensors cannot be written")
+    row_bytes(type_, x.shape[-1])
+    blocks = x.reshape(*x.shape[:-1], -1, QK)
+    encode_blocks = _encode_q8_0 if type_ is GGMLType.Q8_0 else _encode_q4_0
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        scale, quants = encode_blocks(blocks)
+        raw = np.concatenate([scale.astype(np.float16).view(np.uint8), quants], axis=-1)
+    return raw.reshape(*x.shape[:-1], -1)
+
+
+def _encode_bf16(x: F32Array) -> npt.NDArray[np.uint16]:
+    """Round float32 to bfloat16, half to even; NaN stays a (quiet) NaN."""
+    bits = x.view(np.uint32)
+    rounded = (bits.astype(np.uint64) + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return np.where(nan, (bits >> 16) | 64, rounded).astype(np.uint16)
+
+
+def _round_half_away(x: F32Array) -> F32Array:
+    """Round half away from zero, as C's roundf does (np.round goes to even)."""
+    floor = np.floor(np.abs(x))
+    return np.sign(x) * (floor + np.floor(2 * (np.abs(x) - floor)))
+
+
+def _encode_q8_0(blocks: F32Array) -> tuple[F32Array, U8Array]:
+    scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    return scale, _round_half_away(blocks * inverse).astype(np.int8).view(np.uint8)
+
+
+def _encode_q4_0(blocks: F32Array) -> tuple[F32Array, U8Array]:
+    # The value of largest magnitude, with its sign, maps to nibble 0 (= -8).
+    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)
+    scale = peak / np.float32(-8)
+    inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    nibbles = np.trunc(blocks * inverse + np.float32(8.5)).astype(np.uint8).clip(0, 15)
+    return scale, nibbles[..., : QK // 2] | (nibbles[..., QK // 2 :] << 4)
+
+
+def round_activations(x: F32Array) -> F32Array:
+    """Round activations as the integer dot products do, and return them as float32.
+
+    Blocks of 32 along the last axis (the last may be short): scale amax / 127 kept in float32,
+    values rounded half to even (DESIGN.md section 6, error 2).
+    """
+    n = x.shape[-1]
+    padded = np.zeros((*x.shape[:-1], -(-n // QK) * QK), dtype=np.float32)
+    padded[..., :n] = x
+    blocks = padded.reshape(*x.shape[:-1], -1, QK)
+    amax = np.abs(blocks).max(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(amax == 0, np.float32(0), np.float32(127) / amax)
+    rounded = np.rint(blocks * inverse) * (amax / np.float32(127))
+    return rounded.reshape(padded.shape)[..., :n]

@@ -1,0 +1,472 @@
+"""Checked, memory-mapped reader of GGUF and PWRI files, and a streaming writer of GGUF.
+
+Source: the GGUF specification (ggml/docs/gguf.md). Layout of a file:
+
+    magic u32 | version u32 | n_tensors u64 | n_keys u64
+    n_keys x    ( key string | value type u32 | value )
+    n_tensors x ( name string | n_dims u32 | dims u64 x n_dims | type u32 | offset u64 )
+    padding to general.alignment | tensor data, each tensor at its offset from here
+
+A string is a u64 length and its UTF-8 bytes. PWRI (the original PowerInfer) differs in the magic
+and in three old type numbers. A file is hostile until checked: every count, length, offset and
+type is validated with Python integers before memory is allocated or a view is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import numpy as np
+
+from .errors import FileFormatError
+from .formats import (
+    BLOCK_SIZES,
+    LEGACY_PWRI_TYPES,
+    NUMPY_DTYPES,
+    F32Array,
+    GGMLType,
+    U8Array,
+    decode,
+    row_bytes,
+)
+
+DEFAULT_ALIGNMENT = 32
+MAX_DIMS = 4
+MAX_NAME = 1024  # bytes of a key or tensor name; llama.cpp allows 63 for tensors
+
+
+class ValueType(IntEnum):
+    """Types of metadata values."""
+
+    UINT8 = 0
+    INT8 = 1
+    UINT16 = 2
+    INT16 = 3
+    UINT32 = 4
+    INT32 = 5
+    FLOAT32 = 6
+    BOOL = 7
+    STRING = 8
+    ARRAY = 9
+    UINT64 = 10
+    INT64 = 11
+    FLOAT64 = 12
+
+
+_SCALARS = {
+    ValueType.UINT8: "<B",
+    ValueType.INT8: "<b",
+    ValueType.UINT16: "<H",
+    ValueType.INT16: "<h",
+    ValueType.UINT32: "<I",
+    ValueType.INT32: "<i",
+    ValueType.FLOAT32: "<f",
+    ValueType.BOOL: "<B",
+    ValueType.UINT64: "<Q",
+    ValueType.INT64: "<q",
+    ValueType.FLOAT64: "<d",
+}
+_FLOATS = (ValueType.FLOAT32, ValueType.FLOAT64)
+_INTS = tuple(t for t in _SCALARS if t not in _FLOATS and t is not ValueType.BOOL)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metadata value as stored: its type, for arrays the element type, and the value.
+
+    `value` is int, float, bool, str, list[str], or a NumPy array of numbers.
+    """
+
+    type: ValueType
+    value: Any
+    element: ValueType | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor of a file: a checked view of the memory map, never a copy.
+
+    `shape` is in NumPy order, rows first (GGUF stores it reversed); `data` is uint8
+    [rows, bytes of a row], where rows is the product of all dimensions but the last.
+    """
+
+    name: str
+    type: GGMLType
+    shape: tuple[int, ...]
+    data: U8Array
+
+    @property
+    def rows(self) -> int:
+        return int(self.data.shape[0])
+
+    @property
+    def cols(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.data.size)
+
+    def float32(self) -> F32Array:
+        """Return the whole tensor decoded to float32, in its shape."""
+        return decode(self.type, self.data).reshape(self.shape)
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """Return a typed view, without a copy; ValueError for block formats."""
+        if self.type not in NUMPY_DTYPES:
+            raise ValueError(f"{self.name} is {self.type.name}, not an array of plain numbers")
+        return self.data.reshape(-1).view(NUMPY_DTYPES[self.type]).reshape(self.shape)
+
+
+class GGUFFile:
+    """An open GGUF or PWRI file: `metadata` (key -> Value) and `tensors` (name -> Tensor).
+
+    FileFormatError when anything in it is damaged; OSError when it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        with open(self.path, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise FileFormatError(f"{self.path} is not a regular file")
+            self.size = os.fstat(file.fileno()).st_size
+            if self.size < 24:
+                raise FileFormatError(
+                    f"{self.path} is not a GGUF file: it has only {self.size} bytes"
+                )
+            # The map outlives the descriptor; views of it keep it alive.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bytes: U8Array = np.frombuffer(self._map, dtype=np.uint8)
+        self._pos = 0
+        self._parse()
+
+    # -- parsing ------------------------------------------------------------------------------
+
+    def _fail(self, what: str) -> NoReturn:
+        raise FileFormatError(f"{self.path} is damaged: {what}")
+
+    def _need(self, n: int, what: str) -> int:
+        """Return the position of the next `n` bytes and step over them."""
+        start = self._pos
+        if n > self.size - start:
+            self._fail(f"it ends inside {what}")
+        self._pos = start + n
+        return start
+
+    def _u32(self, what: str) -> int:
+        return int(struct.unpack_from("<I", self._map, self._need(4, what))[0])
+
+    def _u64(self, what: str) -> int:
+        return int(struct.unpack_from("<Q", self._map, self._need(8, what))[0])
+
+    def _name(self, what: str) -> str:
+        length = self._u64(what)
+        if not 0 < length <= MAX_NAME:
+            self._fail(f"{what} has a length of {length}")
+        return self._text(length, what)
+
+    def _text(self, length: int, what: str) -> str:
+        start = self._need(length, what)
+        try:
+            return self._map[start : start + length].decode("utf-8")
+        except UnicodeDecodeError:
+            self._fail(f"{what} is not UTF-8")
+
+    def _parse(self) -> None:
+        magic = self._map[:4]
+        self._pos = 4
+        if magic not in (b"GGUF", b"PWRI"):
+            raise FileFormatError(
+                f"{self.path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'"
+            )
+        self.magic = magic.decode("ascii")
+        self.version = self._u32("the version")
+        if self.version & 0xFFFF == 0:
+            raise FileFormatError(f"{self.path} is big-endian, which is not supported")
+        if self.version not in (2, 3):
+            raise FileFormatError(
+                f"{self.path} has GGUF version {self.version}; versions 2 and 3 can be read"
+            )
+        n_tensors = self._u64("the header")
+        n_keys = self._u64("the header")
+        # A key takes at least 8 + 1 + 4 + 1 bytes, a tensor 8 + 1 + 4 + 8 + 4 + 8.
+        if n_keys * 14 > self.size - self._pos:
+            self._fail(f"{n_keys} keys cannot fit into it")
+        if n_tensors * 33 > self.size - self._pos:
+            self._fail(f"{n_tensors} tensors cannot fit into it")
+
+        self.metadata: dict[str, Value] = {}
+        for i in range(n_keys):
+            key = self._name(f"the name of key {i}")
+            if key in self.metadata:
+                self._fail(f"key {key!r} is there twice")
+            self.metadata[key] = self._value(key)
+
+        self.alignment = self.get_int("general.alignment", DEFAULT_ALIGNMENT, 1, 1 << 20)
+        if self.alignment & (self.alignment - 1):
+            self._fail(f"general.alignment is {self.alignment}, not a power of two")
+
+        infos = [self._tensor_info(i) for i in range(n_tensors)]
+        names = [info[0] for info in infos]
+        if len(set(names)) != len(names):
+            self._fail("two tensors have the same name")
+        self.data_offset = -(-self._pos // self.alignment) * self.alignment
+        self.tensors: dict[str, Tensor] = {}
+        end_of_last = 0
+        for name, type_, shape, offset in sorted(infos, key=lambda info: info[3]):
+            self.tensors[name], end_of_last = self._tensor(name, type_, shape, offset, end_of_last)
+        self.tensors = {name: self.tensors[name] for name in names}  # in the file's order
+
+    def _value(self, key: str) -> Value:
+        type_ = self._value_type(key)
+        if type_ is not ValueType.ARRAY:
+            return Value(type_, self._scalar(type_, key))
+        element = self._value_type(key)
+        if element is ValueType.ARRAY:
+            self._fail(f"key {key!r} is an array of arrays")
+        count = self._u64(f"key {key!r}")
+        if element is ValueType.STRING:
+            if count * 8 > self.size - self._pos:
+                self._fail(f"key {key!r} claims {count} strings")
+            return Value(type_, self._strings(key, count), element)
+        dtype = np.dtype("?" if element is ValueType.BOOL else _SCALARS[element])
+        if count * dtype.itemsize > self.size - self._pos:
+            self._fail(f"key {key!r} claims {count} elements")
+        start = self._need(count * dtype.itemsize, f"key {key!r}")
+        raw = self._bytes[start : start + count * dtype.itemsize]
+        if element is ValueType.BOOL and raw.size and raw.max() > 1:
+            self._fail(f"key {key!r} holds a boolean that is neither 0 nor 1")
+        return Value(type_, raw.view(dtype), element)
+
+    def _value_type(self, key: str) -> ValueType:
+        number = self._u32(f"key {key!r}")
+        try:
+            return ValueType(number)
+        except ValueError:
+            self._fail(f"key {key!r} has the unknown type {number}")
+
+    def _scalar(self, type_: ValueType, key: str) -> Any:
+        what = f"key {key!r}"
+        if type_ is ValueType.STRING:
+            return self._text(self._u64(what), what)
+        code = _SCALARS[type_]
+        value = struct.unpack_from(code, self._map, self._need(struct.calcsize(code), what))[0]
+        if type_ is ValueType.BOOL:
+            if value > 1:
+                self._fail(f"{what} is a boolean that is neither 0 nor 1")
+            return bool(value)
+        return value
+
+    def _strings(self, key: str, count: int) -> list[str]:
+        # The one hot loop of the reader: a vocabulary has 32,000 to 256,000 strings.
+        data, size, pos = self._map, self.size, self._pos
+        unpack = struct.Struct("<Q").unpack_from
+        out: list[str] = []
+        try:
+            for _ in range(count):
+                end = pos + 8 + unpack(data, pos)[0]
+                if end > size:
+                    self._fail(f"it ends inside key {key!r}")
+                out.append(data[pos + 8 : end].decode("utf-8"))
+                pos = end
+        except UnicodeDecodeError:
+            self._fail(f"key {key!r} holds a string that is not UTF-8")
+        except struct.error:
+            self._fail(f"it ends inside key {key!r}")
+        self._pos = pos
+        return out
+
+    def _tensor_info(self, i: int) -> tuple[str, GGMLType, tuple[int, ...], int]:
+        name = self._name(f"the name of tensor {i}")
+        n_dims = self._u32(f"tensor {name!r}")
+        if not 1 <= n_dims <= MAX_DIMS:
+            self._fail(f"tensor {name!r} has {n_dims} dimensions")
+        dims = [self._u64(f"tensor {name!r}") for _ in range(n_dims)]
+        number = self._u32(f"tensor {name!r}")
+        if self.magic == "PWRI" and number in LEGACY_PWRI_TYPES:
+            type_ = LEGACY_PWRI_TYPES[number]
+        else:
+            try:
+                type_ = GGMLType(number)
+            except ValueError:
+                self._fail(f"tensor {name!r} has the unknown type {number}")
+        return name, type_, tuple(reversed(dims)), self._u64(f"tensor {name!r}")
+
+    def _tensor(
+        self, name: str, type_: GGMLType, shape: tuple[int, ...], offset: int, end_of_last: int
+    ) -> tuple[Tensor, int]:
+        """Return the checked tensor and the offset at which its data ends."""
+        if 0 in shape:
+            self._fail(f"tensor {name!r} has a dimension of 0")
+        if shape[-1] % BLOCK_SIZES[type_][0]:
+            self._fail(f"tensor {name!r} has rows of {shape[-1]}, not whole {type_.name} blocks")
+        if offset % self.alignment:
+            self._fail(f"tensor {name!r} is not aligned to {self.alignment} bytes")
+        if offset < end_of_last:
+            self._fail(f"tensor {name!r} overlaps another one")
+        n_row_bytes = row_bytes(type_, shape[-1])
+        n_rows = 1
+        for dim in shape[:-1]:
+            n_rows *= dim
+        start, nbytes = self.data_offset + offset, n_rows * n_row_bytes
+        if start + nbytes > self.size:
+            self._fail(
+                f"the data of tensor {name!r} ends at byte {start + nbytes}, "
+                f"the file at byte {self.size}"
+            )
+        data = self._bytes[start : start + nbytes].reshape(n_rows, n_row_bytes)
+        return Tensor(name, type_, shape, data), offset + nbytes
+
+    # -- typed getters ------------------------------------------------------------------------
+
+    def _get(self, key: str, types: tuple[ValueType, ...], kind: str, default: Any) -> Any:
+        value = self.metadata.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise FileFormatError(f"{self.path} lacks the key {key!r}")
+            return default
+        if value.type not in types:
+            self._fail(f"key {key!r} is {value.type.name}, not {kind}")
+        return value.value
+
+    def get_int(
+        self, key: str, default: Any = None, low: int = 0, high: int = (1 << 31) - 1
+    ) -> int:
+        """Return an integer in [low, high]; required when no default is given."""
+        default = _REQUIRED if default is None else default
+        value = self._get(key, _INTS, "an integer", default)
+        if not low <= value <= high:
+            self._fail(f"key {key!r} is {value}, outside {low} to {high}")
+        return int(value)
+
+    def get_float(self, key: str, default: float | None = None) -> float:
+        """Return a finite number; required when no default is given."""
+        value = self._get(key, _FLOATS, "a number", _REQUIRED if default is None else default)
+        if not np.isfinite(value):
+            self._fail(f"key {key!r} is {value}")
+        return float(value)
+
+    def get_str(self, key: str, default: str | None = None) -> str:
+        """Return a string; required when no default is given."""
+        default_ = _REQUIRED if default is None else default
+        return str(self._get(key, (ValueType.STRING,), "a string", default_))
+
+    def get_bool(self, key: str, default: bool) -> bool:
+        return bool(self._get(key, (ValueType.BOOL,), "a boolean", default))
+
+    def get_array(self, key: str, elements: Iterable[ValueType]) -> Any:
+        """Return an array whose element type is one of `elements`, or None if there is none."""
+        value = self.metadata.get(key)
+        if value is None:
+            return None
+        if value.type is not ValueType.ARRAY or value.element not in tuple(elements):
+            expected = " or ".join(e.name for e in elements)
+            self._fail(f"key {key!r} is not an array of {expected}")
+        return value.value
+
+
+_REQUIRED = object()
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `path`, renamed onto it on success, removed otherwise."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+class GGUFWriter:
+    """Write a GGUF v3 file tensor by tensor, on top of gguf.GGUFWriter.
+
+    Use as a context manager: `add` keys, `declare` every tensor, then `write` their rows in the
+    declared order, in pieces of any size. The file appears under its name only when complete.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], arch: str) -> None:
+        import gguf  # 0.1 s; only commands that write need it
+
+        self.path = Path(path)
+        self._gguf: Any = gguf.GGUFWriter(None, arch)
+        self._value_type = gguf.GGUFValueType
+        self._tensor_type = gguf.GGMLQuantizationType
+        self._declared: list[tuple[str, int]] = []  # (name, bytes)
+        self._left = 0  # bytes still to come of the tensor being written
+        self._file: Any = None
+
+    def __enter__(self) -> GGUFWriter:
+        self._stack = contextlib.ExitStack()
+        self._temporary = self._stack.enter_context(replacing(self.path))
+        # Closing may fail too (a full disk shows only then): inside the renaming, not after it.
+        self._stack.callback(self._gguf.close)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            self._start()
+            if self._declared:
+                raise RuntimeError(f"tensor {self._declared[0][0]} was never written")
+
+    def add(self, key: str, value: Value) -> None:
+        """Add a key; general.architecture is there already and cannot be added."""
+        if value.type is ValueType.ARRAY and len(value.value) == 0:
+            return  # gguf cannot write an empty array, and nobody misses one
+        data = value.value.tolist() if isinstance(value.value, np.ndarray) else value.value
+        element = None if value.element is None else self._value_type(int(value.element))
+        self._gguf.add_key_value(key, data, self._value_type(int(value.type)), element)
+
+    def declare(self, name: str, type_: GGMLType, shape: tuple[int, ...]) -> None:
+        """Announce a tensor; `shape` in NumPy order. ValueError if rows are not whole blocks."""
+        nbytes = row_bytes(type_, shape[-1]) * int(np.prod(shape[:-1], dtype=np.int64))
+        self._gguf.add_tensor_info(
+            name, shape, np.dtype(np.float32), nbytes, self._tensor_type(int(type_))
+        )
+        self._declared.append((name, nbytes))
+
+    def _start(self) -> None:
+        if self._file is None:
+            self._gguf.write_header_to_file(self._temporary)
+            self._gguf.write_kv_data_to_file()
+            self._gguf.write_ti_data_to_file()
+            self._file = self._gguf.fout[0]
+            self._gguf.write_padding(self._file, self._file.tell())
+
+    def write(self, name: str, data: np.ndarray[Any, Any]) -> None:
+        """Append raw rows to tensor `name`, which must be the next one not yet complete."""
+        self._start()
+        expected, nbytes = self._declared[0]
+        if name != expected:
+            raise RuntimeError(f"tensor {name} written where {expected} was declared")
+        self._left = self._left or nbytes
+        raw = np.ascontiguousarray(data)
+        if raw.nbytes > self._left:
+            raise RuntimeError(f"tensor {name} is longer than declared")
+        self._file.write(raw.reshape(-1).view(np.uint8).data)
+        self._left -= raw.nbytes
+        if self._left == 0:
+            self._gguf.write_padding(self._file, nbytes)
+            del self._declared[0]

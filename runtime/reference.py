@@ -1,0 +1,156 @@
+"""Every operator in plain NumPy: the oracle of all tests, and `--backend numpy`.
+
+Shapes stand beside the arrays. Weights of integer formats meet activations rounded to int8 in
+blocks of 32, as in the other backends; `round_activations=False` keeps them float (DESIGN.md
+section 6 separates the two errors).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .backend import Plan
+from .cache import PAGE
+from .formats import INTEGER_DOT, F32Array, decode, round_activations
+from .gguf import Tensor
+
+
+def activate(kind: str, x: F32Array) -> F32Array:
+    """Apply an FFN activation elementwise."""
+    if kind == "relu":
+        return np.maximum(x, np.float32(0))
+    if kind == "silu":
+        return x / (1 + np.exp(-x))
+    raise ValueError(f"unknown activation {kind!r}")
+
+
+def rms_norm(x: F32Array, weight: F32Array, eps: float) -> F32Array:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467)."""
+    mean = np.mean(x * x, axis=-1, keepdims=True)
+    return x / np.sqrt(mean + np.float32(eps)) * weight
+
+
+def rope(x: F32Array, table: F32Array) -> F32Array:
+    """Rotate pairs (2i, 2i + 1) of each head: GGUF's NORM order for Llama.
+
+    x [n_tok, n_head, head_dim]; table [n_tok, 2, rope_dim / 2] of cos and sin.
+    """
+    cos, sin = table[:, None, 0], table[:, None, 1]  # [n_tok, 1, rope_dim / 2]
+    n = 2 * cos.shape[-1]
+    out = x.copy()
+    out[..., 0:n:2] = x[..., 0:n:2] * cos - x[..., 1:n:2] * sin
+    out[..., 1:n:2] = x[..., 0:n:2] * sin + x[..., 1:n:2] * cos
+    return out
+
+
+class Reference:
+    """The operators of backend.Backend in NumPy."""
+
+    name = "numpy"
+
+    def __init__(self, plan: Plan, round_activations: bool = True) -> None:
+        self.plan = plan
+        self._round = round_activations
+        self._decoded: dict[int, F32Array] = {}  # float32 copies of the weights
+
+    def close(self) -> None:
+        self._decoded.clear()
+
+    def _w(self, tensor: Tensor) -> F32Array:
+        if id(tensor) not in self._decoded:
+            self._decoded[id(tensor)] = tensor.float32()
+        return self._decoded[id(tensor)]
+
+    def _matmul(self, x: F32Array, w: Tensor, bias: Tensor | None = None) -> F32Array:
+        """x [n_tok, inputs] @ w [outputs, inputs]^T + bias -> [n_tok, outputs]."""
+        if self._round and w.type in INTEGER_DOT:
+            x = round_activations(x)
+        y = x @ self._w(w).T
+        return y if bias is None else y + self._w(bias)
+
+    def _norm(self, x: F32Array, weight: Tensor) -> F32Array:
+        return rms_norm(x, self._w(weight), self.plan.config.norm_eps)
+
+    def embed(self) -> None:
+        step, embd = self.plan.step, self.plan.weights.embd
+        rows = embd.data[step.tokens[: step.n_tok]]  # [n_tok, row bytes]
+        self.plan.buffers.x[: step.n_tok] = decode(embd.type, rows)
+
+    def qkv(self, il: int) -> None:
+        c, w, step, b = (
+            self.plan.config,
+            self.plan.weights.layers[il],
+            self.plan.step,
+            self.plan.buffers,
+        )
+        n = step.n_tok
+        h = self._norm(b.x[:n], w.attn_norm)
+        q = self._matmul(h, w.wq, w.bq).reshape(n, c.n_head, c.head_dim)
+        k = self._matmul(h, w.wk, w.bk).reshape(n, c.n_head_kv, c.head_dim)
+        v = self._matmul(h, w.wv, w.bv).reshape(n, c.n_head_kv, c.head_dim)
+        positions = step.positions[:n]
+        table = self.plan.rope[positions]  # [n_tok, 2, rope_dim / 2]
+        b.q[:n] = rope(q, table).reshape(n, -1)
+        pages = step.pages[step.rows[:n], positions // PAGE]  # [n_tok]
+        # [n_pages, n_head_kv, 32, head_dim] at (page, :, slot): [n_tok, n_head_kv, head_dim]
+        self.plan.cache.k[il][pages, :, positions % PAGE] = rope(k, table)
+        self.plan.cache.v[il][pages, :, positions % PAGE] = v
+
+    def attend(self, il: int) -> None:
+        c, step, b = self.plan.config, self.plan.step, self.plan.buffers
+        group = c.n_head // c.n_head_kv
+        for t in range(step.n_tok):
+            length = int(step.positions[t]) + 1
+            pages = step.pages[step.rows[t], : -(-length // PAGE)]
+
+            def gather(cache: np.ndarray, pages: np.ndarray, length: int) -> F32Array:
+                # [n_pages, n_head_kv, 32, head_dim] -> [n_head_kv, length, head_dim]
+                x = cache[pages].swapaxes(0, 1).reshape(c.n_head_kv, -1, c.head_dim)
+                return x[:, :length].astype(np.float32)
+
+            k = gather(self.plan.cache.k[il], pages, length)
+            v = gather(self.plan.cache.v[il], pages, length)
+            q = b.q[t].reshape(c.n_head_kv, group, c.head_dim)
+            scores = q @ k.swapaxes(1, 2) / np.float32(np.sqrt(c.head_dim))  # [kv, group, length]
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            weights /= weights.sum(axis=-1, keepdims=True)
+            b.a[t] = (weights @ v).reshape(-1)
+
+    def out_add(self, il: int) -> None:
+        w, n, b = self.plan.weights.layers[il], self.plan.step.n_tok, self.plan.buffers
+        b.x[:n] += self._matmul(b.a[:n], w.wo, w.bo)
+
+    def ffn_norm(self, il: int) -> None:
+        w, n, b = self.plan.weights.layers[il], self.plan.step.n_tok, self.plan.buffers
+        b.h[:n] = self._norm(b.x[:n], w.ffn_norm)
+
+    def predict(self, il: int) -> None:
+        w, n, b = self.plan.weights.layers[il], self.plan.step.n_tok, self.plan.buffers
+        assert w.fc1 is not None and w.fc2 is not None
+        x = b.h if self.plan.config.predictor_input == "normed" else b.x
+        hidden = activate("relu", self._matmul(x[:n], w.fc1))  # [n_tok, rank]
+        b.mask[:n] = self._matmul(hidden, w.fc2, w.fc2_bias) >= self.plan.thresholds[il]
+
+    def ffn(self, il: int) -> None:
+        w, n, b = self.plan.weights.layers[il], self.plan.step.n_tok, self.plan.buffers
+        kind = self.plan.config.activation
+        h = b.h[:n]
+        act = activate(kind, self._matmul(h, w.gate, w.gate_bias))  # [n_tok, n_ff]
+        if self.plan.mode == "predicted":
+            act *= b.mask[:n]
+        fired = act != 0
+        act *= self._matmul(h, w.up, w.up_bias)
+        if w.down_t is not None:
+            y = act @ self._w(w.down_t)  # [n_tok, n_embd]; down rows meet float activations
+        else:
+            assert w.down is not None
+            y = self._matmul(act, w.down)
+        b.x[:n] += y if w.down_bias is None else y + self._w(w.down_bias)
+        rows = int(b.mask[:n].sum()) if self.plan.mode == "predicted" else act.size
+        b.counts[il] += (n, rows, int(fired.sum()))
+
+    def head(self) -> None:
+        step, b = self.plan.step, self.plan.buffers
+        x = b.x[step.outputs[: step.n_out]]
+        h = self._norm(x, self.plan.weights.output_norm)
+        b.logits[: step.n_out] = self._matmul(h, self.plan.weights.output)
