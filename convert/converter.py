@@ -195,40 +195,33 @@ def _model_recipes(
         "ffn_gate.bias": (h.n_ff,),
         "ffn_up.bias": (h.n_ff,),
     }
-    found = set()
-    for hf_name, stored in tensors.items():
-        match = re.search(r"\.layers\.(\d+)\.", hf_name)
-        layer = match[1] if match else ""
-        generic = re.sub(r"\.layers\.\d+\.", ".layers.{i}.", hf_name)
-        if generic in architecture.ignored:
-            continue
-        if generic not in architecture.tensors or (layer and int(layer) >= h.n_layer):
+    left = dict(tensors)
+    # Whole-model tensors come once, the others once a layer; the file gets them in this order,
+    # whatever order the shards have.
+    for i in [None, *range(h.n_layer)]:
+        for template, (name, transform) in architecture.tensors.items():
+            if ("{i}" in template) != (i is not None):
+                continue
+            hf_name, name = template.replace("{i}", str(i)), name.replace("{i}", str(i))
+            stored = left.pop(hf_name, None)
+            if hf_name == "lm_head.weight" and h.is_tied:
+                continue  # a copy of the embedding
+            if stored is None:
+                if hf_name.endswith(".bias"):
+                    continue
+                raise ModelError(f"{folder} lacks the tensor {hf_name}")
+            expected = shapes.get(re.sub(r"blk\.\d+\.", "", name), (h.n_embd,))
+            if stored.shape != expected:
+                have, want = list(stored.shape), list(expected)
+                raise ModelError(f"{folder}: {hf_name} is {have}, not {want}")
+            if dense and "ffn_down_t" in name:
+                name, transform = name.replace("ffn_down_t", "ffn_down"), "none"
+            shape = stored.shape[::-1] if transform == "transpose" else stored.shape
+            n_head = h.n_head if transform == "heads_q" else h.n_head_kv
+            yield Recipe(name, stored, shape, transform, n_head)
+    for hf_name in left:
+        if re.sub(r"\.layers\.\d+\.", ".layers.{i}.", hf_name) not in architecture.ignored:
             raise ModelError(f"{folder} has a tensor that is not known: {hf_name}")
-        if hf_name == "lm_head.weight" and h.is_tied:
-            continue  # a copy of the embedding
-        name, transform = architecture.tensors[generic]
-        found.add(generic)
-        short = name.removeprefix("blk.{i}.")
-        expected = shapes.get(short, (h.n_embd,))
-        if stored.shape != expected:
-            raise ModelError(f"{folder}: {hf_name} is {list(stored.shape)}, not {list(expected)}")
-        name, shape = name.replace("{i}", layer), stored.shape
-        if "ffn_down_t" in name and dense:
-            name, transform = name.replace("ffn_down_t", "ffn_down"), "none"
-        if transform == "transpose":
-            shape = shape[::-1]
-        n_head = h.n_head if transform == "heads_q" else h.n_head_kv
-        yield Recipe(name, stored, shape, transform, n_head)
-    required = {n for n in architecture.tensors if not n.endswith(".bias")}
-    if h.is_tied:
-        required.discard("lm_head.weight")
-    missing = sorted(required - found)
-    if missing:
-        raise ModelError(f"{folder} lacks the tensor {missing[0]}")
-    for i in range(h.n_layer):
-        name = f"model.layers.{i}.self_attn.q_proj.weight"
-        if name not in tensors:
-            raise ModelError(f"{folder} lacks the tensor {name}")
 
 
 def _predictor_recipes(folder: Path, h: _Hyper) -> tuple[list[Recipe], float | None]:

@@ -51,6 +51,8 @@ class Tokenizer:
             )
         if not np.isfinite(scores).all() or types.min() < NORMAL or types.max() > BYTE:
             raise FileFormatError(f"{file.path} is damaged: bad token scores or types")
+        if np.count_nonzero(types == UNKNOWN) != 1:
+            raise FileFormatError(f"{file.path} is damaged: not exactly one unknown token")
         self.n_vocab = len(pieces)
         last = self.n_vocab - 1
         self.bos = file.get_int("tokenizer.ggml.bos_token_id", min(1, last), 0, last)
@@ -61,7 +63,6 @@ class Tokenizer:
             self._piece_bytes(i, piece, type_)
             for i, (piece, type_) in enumerate(zip(pieces, types.tolist(), strict=True))
         ]
-        self._control = types == CONTROL
         proto = _model_proto(
             pieces,
             scores.tolist(),

@@ -8,10 +8,8 @@ from pathlib import Path
 
 from .. import __version__
 from ..convert.converter import plan_conversion, write_conversion
-from ..quantize.encoder import quantize_file
 from ..quantize.policy import Policy
 from ..runtime.formats import GGMLType
-from ..runtime.gguf import replacing
 from ..runtime.paths import cache_dir
 
 
@@ -27,7 +25,6 @@ def demo_model() -> Path:
         target = cache_dir() / f"demo-{digest.hexdigest()[:12]}.q4_0.gguf"
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target.with_suffix(".f16.gguf")) as f16:
-                write_conversion(plan_conversion(folder, None, Policy(GGMLType.F16), False), f16)
-                quantize_file(f16, target, Policy(GGMLType.Q4_0))
+            conversion = plan_conversion(folder, None, Policy(GGMLType.Q4_0), dense=False)
+            write_conversion(conversion, target)
     return target

@@ -6,7 +6,8 @@ the next phase. No thread waits for another to *arrive*: the calling thread can 
 alone, so a worker that the system has put aside costs no more than the task it holds.
 
 Counters carry the job's epoch in their upper half. A worker that comes late, when the job it was
-called for is over, sees another epoch and leaves without having touched anything.
+called for is over, sees another epoch and leaves without having touched anything. So a job may
+read what changes between jobs (how many tasks there are), but write only inside its tasks.
 
 Control block, in 64-byte lines: [epoch] [job address, args address, last epoch]
 then for each phase [epoch << 32 | next task] [epoch << 32 | finished tasks].
@@ -79,6 +80,14 @@ def wait(control, phase, epoch, n_tasks):
             yield_core()
 
 
+@inline
+def _set_counters(control, epoch):
+    for phase in range(PHASES):
+        counters = control + _COUNTERS + phase * 2 * _LINE
+        atomic_store(counters, epoch << 32)
+        atomic_store(counters + _LINE, epoch << 32)
+
+
 @nogil("int64(intp, intp, intp)")
 def _run(control, function, args):
     """Publish a job, work on it as thread 0, and return when it is done."""
@@ -87,13 +96,13 @@ def _run(control, function, args):
     atomic_store(control + _LINE, function)
     atomic_store(control + _LINE + 8, args)
     atomic_store(control + _LINE + 16, epoch)
-    for phase in range(PHASES):
-        counters = control + _COUNTERS + phase * 2 * _LINE
-        atomic_store(counters, epoch << 32)
-        atomic_store(counters + _LINE, epoch << 32)
+    _set_counters(control, epoch)
     atomic_store(control, epoch)
     if function != 0:
         call_job(function, args, control, epoch, 0)
+    # Close the counters before the caller changes what the job read: a worker that starts on it
+    # only now must not find more tasks than there were.
+    _set_counters(control, (epoch + 1) & _EPOCHS)
     return epoch
 
 

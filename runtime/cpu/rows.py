@@ -81,16 +81,21 @@ def pack_bytes(n: int) -> int:
 
 
 @inline
+def _planes(n):
+    """Return n_pad and the offsets of q8, bias8, q4, bias4 in a pack."""
+    n_pad = (n + 511) // 512 * 512
+    q8 = n_pad // 8
+    return n_pad, q8, q8 + n_pad, q8 + 2 * n_pad, q8 + 3 * n_pad
+
+
+@inline
 def pack(x, n, out, ones):
     """Round float32 x [n] (n a multiple of 32) into its planes at `out`.
 
     `ones`: address of 64 bytes of 1. Reads 4 n bytes, writes 3.6 n.
     """
-    n_pad = (n + 511) // 512 * 512
-    q8 = out + n_pad // 8
-    bias8 = q8 + n_pad
-    q4 = bias8 + n_pad
-    bias4 = q4 + n_pad
+    n_pad, q8, bias8, q4, bias4 = _planes(n)
+    q8, bias8, q4, bias4 = out + q8, out + bias8, out + q4, out + bias4
     zero = splat(np.float32(0))
     for block in range(n_pad // 32):
         low, high, scale = zero, zero, np.float32(0)
@@ -129,9 +134,8 @@ def _q4_0_group(w, scales, bias, q, total):
 @inline
 def _dot_q4_0(w, n, x, scratch):
     """Sum over blocks of d * s * (sum of q4 * q8 - 8 * sum of q8); reads n / 32 * 18 bytes."""
-    n_pad = (n + 511) // 512 * 512
-    q = x + n_pad * 19 // 8
-    bias = x + n_pad * 27 // 8
+    _, _, _, q, bias = _planes(n)
+    q, bias = x + q, x + bias
     n_blocks = n // 32
     total = splat(np.float32(0))
     for g in range(n_blocks // 4):
@@ -158,9 +162,8 @@ def _q8_0_group(w, scales, bias, q, total):
 @inline
 def _dot_q8_0(w, n, x, scratch):
     """Sum over blocks of d * s * (sum of q8 * q8); reads n / 32 * 34 bytes."""
-    n_pad = (n + 511) // 512 * 512
-    q = x + n_pad // 8
-    bias = q + n_pad
+    _, q, bias, _, _ = _planes(n)
+    q, bias = x + q, x + bias
     n_blocks = n // 32
     total = splat(np.float32(0))
     for g in range(n_blocks // 2):

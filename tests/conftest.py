@@ -1,0 +1,147 @@
+"""Fixtures: small models in every format, made once for all tests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny
+import torchfile
+from powerinfer.convert.converter import plan_conversion, write_conversion
+from powerinfer.quantize.encoder import quantize_file
+from powerinfer.quantize.policy import Policy, parse_type
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "tools" / "demo"
+GOLDEN = Path(__file__).parent / "golden"
+
+MakeModel = Callable[..., Path]
+
+
+def convert(
+    folder: Path, target: Path, outtype: str, predictors: Path | None = None, dense: bool = False
+) -> Path:
+    """Convert a checkpoint; the one way in which tests make files."""
+    conversion = plan_conversion(folder, predictors, Policy(parse_type(outtype)), dense)
+    write_conversion(conversion, target)
+    return target
+
+
+def kl(p_logits: np.ndarray, q_logits: np.ndarray) -> float:
+    """Return the mean KL divergence (nats) of q from p over tokens [n_tok, n_vocab]."""
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        x = x - x.max(axis=-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+    p, q = log_softmax(p_logits), log_softmax(q_logits)
+    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of the tiny models' vocabulary size."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(DEMO / "heldout.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=tiny.N_VOCAB,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Path
+) -> Callable[[str], Path]:
+    """name -> folder with a whole Hugging Face checkpoint. Do not change what is in it."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            folder = tiny.write_checkpoint(tiny.MODELS[name], tmp_path_factory.mktemp(name))
+            (folder / "tokenizer.model").write_bytes(small_tokenizer.read_bytes())
+            made[name] = folder
+        return made[name]
+
+    return make
+
+
+def random_predictors(model: tiny.Tiny, folder: Path, rank: int) -> Path:
+    """Write predictors of no merit in PowerInfer's layout; about half the neurons pass."""
+    rng = np.random.default_rng(22)
+    for i in range(model.n_layer):
+        fc1 = rng.standard_normal((rank, model.n_embd)).astype(np.float16)
+        fc2 = rng.standard_normal((model.n_ff, rank)).astype(np.float16)
+        torchfile.write_tensors(folder / f"model_{i}.pt", {"fc1.weight": fc1, "fc2.weight": fc2})
+    (folder / "config.json").write_text('{"sparse_threshold": 0.5}')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[[str], Path]
+) -> MakeModel:
+    """(name, outtype, predictors=False) -> GGUF file of a tiny model."""
+    made: dict[tuple[str, str, bool], Path] = {}
+
+    def make(name: str, outtype: str, predictors: bool = False) -> Path:
+        key = (name, outtype, predictors)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"{name}-{outtype}")
+            model = tiny.MODELS[name]
+            made[key] = convert(
+                tiny_checkpoint(name),
+                folder / f"{name}.gguf",
+                outtype,
+                random_predictors(model, folder / "predictors", 40) if predictors else None,
+                dense=model.activation == "silu",
+            )
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """outtype -> GGUF file of the demo model."""
+    folder = tmp_path_factory.mktemp("demo")
+
+    def make(outtype: str) -> Path:
+        target = folder / f"demo.{outtype}.gguf"
+        if not target.exists():
+            if outtype in ("f32", "f16"):
+                convert(DEMO, target, outtype)
+            else:
+                quantize_file(make("f16"), target, Policy(parse_type(outtype)))
+        return target
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def heldout_ids() -> list[int]:
+    """The demo's held-out text as tokens, with BOS."""
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "tokenizer.model"))
+    return [sp.bos_id(), *sp.encode((DEMO / "heldout.txt").read_text("utf-8"))]
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """Files made by the original PowerInfer's tools; they are not part of this repository."""
+    folder = ROOT.parent / "shared" / "samples" / "pwri"
+    if not folder.exists():
+        pytest.skip("needs the original's sample files in ../shared/samples/pwri")
+    return folder

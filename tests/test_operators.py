@@ -1,0 +1,221 @@
+"""Every operator of every backend against reference, with the same inputs, on odd sizes."""
+
+import numpy as np
+import pytest
+import tiny
+from powerinfer.runtime.cache import Sequence
+from powerinfer.runtime.config import RunOptions
+from powerinfer.runtime.engine import Engine
+from powerinfer.runtime.reference import Reference, activate, rms_norm, rope
+
+TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
+MODES = ["exact", "predicted", "dense"]
+
+
+class Pair:
+    """The same model twice: on the backend under test, and as reference."""
+
+    def __init__(self, path, mode, n_tok, context=64):
+        self.engines = []
+        for backend in ("cpu", "numpy"):
+            options = RunOptions(
+                mode=mode, backend=backend, chunk=n_tok, context=context, threads=2
+            )
+            engine = Engine(path, options)
+            self.engines.append(engine)
+        self.ours, self.theirs = (e._plan for e in self.engines)
+        self.ops, self.reference = (e._ops for e in self.engines)
+        assert isinstance(self.reference, Reference)
+
+    def close(self):
+        for engine in self.engines:
+            engine.close()
+
+    def put(self, **buffers):
+        for plan in (self.ours, self.theirs):
+            for name, value in buffers.items():
+                getattr(plan.buffers, name)[: len(value)] = value
+
+    def sync(self):
+        """Let ours go on from reference's state, so that errors do not add up."""
+        for name in ("x", "h", "q", "a", "mask"):
+            getattr(self.ours.buffers, name)[:] = getattr(self.theirs.buffers, name)
+        self.ours.cache.k[:], self.ours.cache.v[:] = self.theirs.cache.k, self.theirs.cache.v
+
+
+def check(ours, theirs, rounds):
+    """Compare [n_tok, n] to 1e-5 of each token's largest value.
+
+    Where activations are rounded to int8 after float sums of another order, a value on the edge
+    may round the other way: one token in ten may then be off by a step.
+    """
+    scale = np.abs(theirs).max(axis=-1) + 1e-30
+    error = np.abs(ours - theirs).max(axis=-1) / scale
+    if not rounds:
+        assert error.max() < 1e-5
+    else:
+        assert np.count_nonzero(error >= 1e-5) <= max(1, len(error) // 10)
+        assert error.max() < 2e-2
+
+
+@pytest.mark.parametrize("n_tok", [1, 5, 19])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("type_", TYPES)
+@pytest.mark.parametrize("name", ["gqa", "bias"])
+def test_operators(name, type_, mode, n_tok, tiny_gguf):
+    """A layer step by step, after a few tokens of history."""
+    pair = Pair(tiny_gguf(name, type_, True), mode, 24)
+    rounds = type_ in ("q8_0", "q4_0")
+    ids = tiny.token_ids()[: 4 + n_tok]
+    for engine in pair.engines:
+        sequence = Sequence()
+        engine._feed(sequence, ids[:4])
+        plan = engine._plan
+        plan.cache.extend(sequence, n_tok)
+        plan.step.fill([(sequence, ids[4:])])
+        plan.step.want(range(n_tok))
+        plan.buffers.counts[:] = 0
+    n, a, b = n_tok, pair.ours.buffers, pair.theirs.buffers
+    pair.sync()
+
+    for ops in (pair.ops, pair.reference):
+        ops.embed()
+    assert np.array_equal(a.x[:n], b.x[:n])
+
+    il = 1
+    for ops in (pair.ops, pair.reference):
+        ops.qkv(il)
+    check(a.q[:n], b.q[:n], rounds)
+    for ours, theirs in (
+        (pair.ours.cache.k, pair.theirs.cache.k),
+        (pair.ours.cache.v, pair.theirs.cache.v),
+    ):
+        tolerance = 1e-5 if ours.dtype == np.float32 else 2e-3  # a step of fp16
+        tolerance = 2e-2 if rounds else tolerance
+        np.testing.assert_allclose(
+            ours[il].astype(np.float32),
+            theirs[il].astype(np.float32),
+            atol=tolerance * np.abs(theirs[il].astype(np.float32)).max(),
+        )
+    pair.sync()
+    for ops in (pair.ops, pair.reference):
+        ops.attend(il)
+    check(a.a[:n], b.a[:n], False)
+    pair.sync()
+    for ops in (pair.ops, pair.reference):
+        ops.out_add(il)
+    check(a.x[:n], b.x[:n], False)
+    pair.sync()
+    for ops in (pair.ops, pair.reference):
+        ops.ffn_norm(il)
+    check(a.h[:n], b.h[:n], False)
+    if mode == "predicted":
+        for ops in (pair.ops, pair.reference):
+            ops.predict(il)
+        assert np.count_nonzero(a.mask[:n] != b.mask[:n]) <= (2 if rounds else 0)
+        assert 0.1 < b.mask[:n].mean() < 0.9
+        a.mask[:] = b.mask
+    for ops in (pair.ops, pair.reference):
+        ops.ffn(il)
+    check(a.x[:n], b.x[:n], rounds)
+    assert a.counts[il, 0] == b.counts[il, 0] == n
+    assert a.counts[il, 1] == b.counts[il, 1]
+    assert abs(int(a.counts[il, 2]) - int(b.counts[il, 2])) <= (2 if rounds else 0)
+    a.x[:] = b.x
+    for ops in (pair.ops, pair.reference):
+        ops.head()
+    check(a.logits[:n], b.logits[:n], rounds)
+    pair.close()
+
+
+@pytest.mark.parametrize("type_", TYPES)
+def test_masks_of_none_and_all(type_, tiny_gguf):
+    """An empty list of neurons leaves x as it is; a full one is the exact mode."""
+    path = tiny_gguf("gqa", type_, True)
+    results = {}
+    for fill, mode in ((0, "predicted"), (1, "predicted"), (0, "exact")):
+        for n_tok in (1, 3):
+            pair = Pair(path, mode, 3)
+            rng = np.random.default_rng(1)
+            x = rng.standard_normal((3, 96)).astype(np.float32)
+            pair.put(x=x, mask=np.full((3, 160), fill, np.uint8))
+            for plan, ops in ((pair.ours, pair.ops), (pair.theirs, pair.reference)):
+                plan.step.counts[0] = n_tok
+                ops.ffn_norm(0)
+                ops.ffn(0)
+            results[fill, mode, n_tok] = pair.ours.buffers.x[:n_tok].copy()
+            check(pair.ours.buffers.x[:n_tok], pair.theirs.buffers.x[:n_tok], type_[0] == "q")
+            if (fill, mode) == (0, "predicted"):
+                assert np.array_equal(pair.ours.buffers.x[:n_tok], x[:n_tok])
+            pair.close()
+    for n_tok in (1, 3):
+        assert np.array_equal(results[1, "predicted", n_tok], results[0, "exact", n_tok])
+    assert np.array_equal(results[0, "exact", 1][0], results[0, "exact", 3][0])
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 100])
+def test_attention_lengths(length, tiny_gguf):
+    """Across page borders, for one token and for the last of a chunk, pages out of order."""
+    pair = Pair(tiny_gguf("gqa", "f16"), "exact", 128, context=256)
+    rng = np.random.default_rng(2)
+    shape = pair.ours.cache.k.shape
+    k, v = (rng.standard_normal(shape).astype(np.float16) for _ in range(2))
+    q = rng.standard_normal((length, 96)).astype(np.float32) * 2
+    pages = rng.permutation(shape[1])
+    for plan, ops in ((pair.ours, pair.ops), (pair.theirs, pair.reference)):
+        plan.cache.k[:], plan.cache.v[:] = k, v
+        plan.buffers.q[:length] = q
+        plan.step.counts[0] = length
+        plan.step.positions[:length] = np.arange(length)
+        plan.step.rows[:length] = 0
+        plan.step.pages[0] = pages
+        ops.attend(1)
+    check(pair.ours.buffers.a[:length], pair.theirs.buffers.a[:length], False)
+    many = pair.ours.buffers.a[length - 1].copy()
+    pair.ours.step.counts[0] = 1
+    pair.ours.step.positions[0] = length - 1
+    pair.ours.buffers.q[0] = q[-1]
+    pair.ops.attend(1)
+    assert np.array_equal(pair.ours.buffers.a[0], many)
+    pair.close()
+
+
+def test_attention_survives_large_scores(tiny_gguf):
+    pair = Pair(tiny_gguf("gqa", "f32"), "exact", 4)
+    for plan, ops in ((pair.ours, pair.ops), (pair.theirs, pair.reference)):
+        plan.cache.k[:] = np.random.default_rng(3).standard_normal(plan.cache.k.shape) * 100
+        plan.cache.v[:] = 1
+        plan.buffers.q[:4] = 100
+        plan.step.counts[0] = 4
+        plan.step.positions[:4] = np.arange(4)
+        ops.attend(0)
+    np.testing.assert_allclose(pair.ours.buffers.a[:4], 1, rtol=1e-6)
+    check(pair.ours.buffers.a[:4], pair.theirs.buffers.a[:4], False)
+    pair.close()
+
+
+# -- reference itself, against formulas written another way -----------------------------------
+
+
+def test_reference_rope_is_a_complex_product():
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((3, 2, 8)).astype(np.float32)
+    angles = rng.standard_normal((3, 3))  # rope_dim 6: the last two dimensions pass through
+    table = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    pairs = x[..., 0:6:2] + 1j * x[..., 1:6:2]
+    turned = pairs * np.exp(1j * angles)[:, None]
+    out = rope(x, table)
+    np.testing.assert_allclose(out[..., 0:6:2], turned.real, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out[..., 1:6:2], turned.imag, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(out[..., 6:], x[..., 6:])
+
+
+def test_reference_norm_and_activations():
+    x = np.array([[3.0, -4.0]], np.float32)
+    np.testing.assert_allclose(
+        rms_norm(x, np.array([1, 2], np.float32), 0.0), [[3 / 12.5**0.5, -8 / 12.5**0.5]], rtol=1e-6
+    )
+    assert activate("relu", x).tolist() == [[3, 0]]
+    np.testing.assert_allclose(activate("silu", x), x / (1 + np.exp(-x)), rtol=1e-6)
+    with pytest.raises(ValueError, match="unknown activation"):
+        activate("gelu", x)

@@ -1,0 +1,98 @@
+"""Sampling: each step by itself, and what a seed promises."""
+
+import numpy as np
+import pytest
+from powerinfer.runtime.errors import RequestError
+from powerinfer.runtime.sampling import Sampler, SamplingOptions
+
+LOGITS = np.log(np.array([0.05, 0.4, 0.3, 0.15, 0.1], np.float32))
+OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0}
+
+
+def shares(history=(), n=4000, **options):
+    """Return how often each token is drawn."""
+    sampler = Sampler(SamplingOptions(**({"seed": 1} | OFF | options)), len(LOGITS))
+    drawn = [sampler.sample(LOGITS, list(history)) for _ in range(n)]
+    return np.bincount(drawn, minlength=len(LOGITS)) / n
+
+
+def test_draws_follow_the_distribution():
+    assert np.abs(shares() - np.exp(LOGITS)).max() < 0.03
+
+
+def test_temperature():
+    assert Sampler(SamplingOptions(temperature=0), 5).sample(LOGITS, []) == 1
+    expected = np.exp(LOGITS / 0.5) / np.exp(LOGITS / 0.5).sum()
+    assert np.abs(shares(temperature=0.5) - expected).max() < 0.03
+
+
+def test_cuts():
+    assert np.flatnonzero(shares(top_k=2)).tolist() == [1, 2]
+    assert np.flatnonzero(shares(top_k=99)).tolist() == [0, 1, 2, 3, 4]
+    assert np.flatnonzero(shares(top_p=0.6)).tolist() == [1, 2]
+    assert np.flatnonzero(shares(top_p=0.3)).tolist() == [1]
+    assert np.flatnonzero(shares(min_p=0.3)).tolist() == [1, 2, 3]
+    # top-p looks at the probabilities among the top k
+    assert np.flatnonzero(shares(top_k=2, top_p=0.5)).tolist() == [1]
+
+
+def test_ties_go_to_the_lower_token():
+    sampler = Sampler(SamplingOptions(top_k=1, seed=0), 5)
+    assert {sampler.sample(np.zeros(5, np.float32), []) for _ in range(20)} == {0}
+
+
+def greedy(history, **options):
+    sampler = Sampler(SamplingOptions(temperature=0, **options), len(LOGITS))
+    return sampler.sample(np.array([1.0, 0.9, -1, -2, -3], np.float32), history)
+
+
+def test_penalties():
+    assert greedy([0]) == 0
+    assert greedy([0], repeat_penalty=1.2) == 1
+    assert greedy([1], repeat_penalty=1.2) == 0
+    assert greedy([0], presence_penalty=0.2) == 1
+    assert greedy([0], frequency_penalty=0.04) == 0
+    assert greedy([0] * 3, frequency_penalty=0.04) == 1
+    assert greedy([0, *[3] * 70], repeat_penalty=1.2) == 0  # too long ago
+    assert greedy([0, *[3] * 70], repeat_penalty=1.2, penalty_last_n=-1) == 1
+    assert greedy([0], repeat_penalty=1.2, penalty_last_n=0) == 0
+    # Negative logits get more negative.
+    sampler = Sampler(SamplingOptions(temperature=0, repeat_penalty=2.0), 2)
+    assert sampler.sample(np.array([-1.0, -1.5], np.float32), [0]) == 1
+
+
+def test_logit_bias():
+    assert greedy([], logit_bias={4: 10.0}) == 4
+    assert greedy([], logit_bias={0: float("-inf")}) == 1
+    with pytest.raises(RequestError, match="names token 5"):
+        Sampler(SamplingOptions(logit_bias={5: 1.0}), 5)
+
+
+def test_seed():
+    def draw(seed):
+        sampler = Sampler(SamplingOptions(seed=seed, **OFF), 5)
+        return [sampler.sample(LOGITS, []) for _ in range(50)]
+
+    assert draw(3) == draw(3) != draw(4)
+    assert draw(None) != draw(None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"repeat_penalty": 0},
+        {"penalty_last_n": -2},
+        {"seed": -1},
+        {"presence_penalty": float("inf")},
+        {"logit_bias": {1: float("nan")}},
+    ],
+)
+def test_out_of_range(options):
+    with pytest.raises(RequestError, match=f"{next(iter(options)).replace('_', '.')}"):
+        SamplingOptions(**options)
