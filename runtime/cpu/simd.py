@@ -39,6 +39,9 @@ ISA = _choose_isa()
 # accumulator starts at -128 * sum(x). The other paths multiply signed bytes as they are.
 Q8_BIAS = 128 if ISA == "avx512vnni" else 0
 
+# Without instructions for it LLVM would call a helper that the process does not have.
+_HAS_HALF = ISA != "generic" or platform.machine().lower() in ("arm64", "aarch64")
+
 # -- types ------------------------------------------------------------------------------------
 
 
@@ -133,6 +136,74 @@ def _offset(b: Any, address: Any, n: int) -> Any:
     return b.add(address, ir.Constant(address.type, n))
 
 
+def _same_shape(value: Any, element: ir.Type) -> Any:
+    """Return the type of `element`s in the shape (vector or single) of `value`."""
+    type_ = value.type
+    return ir.VectorType(element, type_.count) if isinstance(type_, ir.VectorType) else element
+
+
+def _filled(type_: Any, value: Any) -> Any:
+    """Return a constant of a vector or a single number."""
+    return (
+        _constant(type_, value) if isinstance(type_, ir.VectorType) else ir.Constant(type_, value)
+    )
+
+
+def _load_half(b: Any, address: Any, n: int | None = None) -> Any:
+    """Load a half, or a vector of n, as float32."""
+    if _HAS_HALF:
+        half = _half if n is None else ir.VectorType(_half, n)
+        value = _load(b, address, half)
+        return b.fpext(value, _same_shape(value, _float))
+    return _half_to_float(b, _load(b, address, _i16 if n is None else ir.VectorType(_i16, n)))
+
+
+def _store_half(b: Any, address: Any, x: Any) -> None:
+    """Store float32, rounded half to even, as halves."""
+    half = b.fptrunc(x, _same_shape(x, _half)) if _HAS_HALF else _float_to_half(b, x)
+    b.store(half, b.inttoptr(address, half.type.as_pointer()), align=1)
+
+
+def _half_to_float(b: Any, bits: Any) -> Any:
+    """Widen the bits of halves (i16) without instructions for it.
+
+    Exponent and mantissa are moved into place and scaled by 2^112, the difference of the biases:
+    exact for subnormals too. Infinity and NaN get the exponent that the scaling did not reach.
+    """
+    int_, float_ = _same_shape(bits, _i32), _same_shape(bits, _float)
+    wide = b.zext(bits, int_)
+    rest = b.shl(b.and_(wide, _filled(int_, 0x7FFF)), _filled(int_, 13))
+    value = b.bitcast(b.fmul(b.bitcast(rest, float_), _filled(float_, 2.0**112)), int_)
+    is_special = b.icmp_unsigned(">=", rest, _filled(int_, 0x7C00 << 13))
+    value = b.select(is_special, b.or_(rest, _filled(int_, 0xFF << 23)), value)
+    sign = b.shl(b.and_(wide, _filled(int_, 0x8000)), _filled(int_, 16))
+    return b.bitcast(b.or_(value, sign), float_)
+
+
+def _float_to_half(b: Any, x: Any) -> Any:
+    """Round float32 to the bits of halves (i16), half to even, without instructions for it.
+
+    After Marat Dukhan's FP16 library: a number of the right magnitude is added whose last bit is
+    the half's, so that the float adder does the rounding.
+    """
+    int_, float_ = _same_shape(x, _i32), _same_shape(x, _float)
+    bits = b.bitcast(x, int_)
+    magnitude = b.bitcast(b.and_(bits, _filled(int_, 0x7FFFFFFF)), float_)
+    base = b.fmul(b.fmul(magnitude, _filled(float_, 2.0**112)), _filled(float_, 2.0**-110))
+    doubled = b.add(bits, bits)  # without the sign
+    bias = b.and_(doubled, _filled(int_, -0x1000000))
+    lowest = _filled(int_, 0x71000000)
+    bias = b.select(b.icmp_unsigned("<", bias, lowest), lowest, bias)
+    shifted = b.add(b.lshr(bias, _filled(int_, 1)), _filled(int_, 0x07800000))
+    rounded = b.bitcast(b.fadd(b.bitcast(shifted, float_), base), int_)
+    exponent = b.and_(b.lshr(rounded, _filled(int_, 13)), _filled(int_, 0x7C00))
+    value = b.add(exponent, b.and_(rounded, _filled(int_, 0x0FFF)))
+    is_nan = b.icmp_unsigned(">", doubled, _filled(int_, -0x1000000))
+    value = b.select(is_nan, _filled(int_, 0x7E00), value)
+    sign = b.and_(b.lshr(bits, _filled(int_, 16)), _filled(int_, 0x8000))
+    return b.trunc(b.or_(value, sign), _same_shape(x, _i16))
+
+
 # -- memory -----------------------------------------------------------------------------------
 
 
@@ -159,7 +230,7 @@ def load_f32(b, address):
 @_op(float32, intp)
 def load_f16(b, address):
     """Load a half-precision number as float32."""
-    return b.fpext(_load(b, address, _half), _float)
+    return _load_half(b, address)
 
 
 @_op(float32, intp)
@@ -176,7 +247,7 @@ def store_f32(b, address, x):
 @_op(void, intp, float32)
 def store_f16(b, address, x):
     """Store float32 rounded to half precision, half to even."""
-    b.store(b.fptrunc(x, _half), b.inttoptr(address, _half.as_pointer()), align=1)
+    _store_half(b, address, x)
 
 
 @_op(void, intp, int32)
@@ -196,7 +267,7 @@ def load_f32x16(b, address):
 
 @_op(F32x16, intp)
 def load_f16x16(b, address):
-    return b.fpext(_load(b, address, ir.VectorType(_half, 16)), F32x16.llvm)
+    return _load_half(b, address, 16)
 
 
 @_op(F32x16, intp)
@@ -228,8 +299,7 @@ def store_f32x16(b, address, x):
 
 @_op(void, intp, F32x16)
 def store_f16x16(b, address, x):
-    half = ir.VectorType(_half, 16)
-    b.store(b.fptrunc(x, half), b.inttoptr(address, half.as_pointer()), align=1)
+    _store_half(b, address, x)
 
 
 @_op(void, intp, I32x16)
@@ -443,11 +513,15 @@ def _gather_blocks(b: Any, address: Any, n: int, stride: int, size: int) -> Any:
 
 def _spread_scales(b: Any, address: Any, x_scales: Any, n: int, stride: int) -> Any:
     """Return w scale * x scale of `n` blocks, each repeated over its 16 / n lanes."""
-    halves = ir.Constant(ir.VectorType(_half, n), ir.Undefined)
+    # Gathered as bits, then widened all at once.
+    bits = ir.Constant(ir.VectorType(_i16, n), ir.Undefined)
     for i in range(n):
-        scale = _load(b, _offset(b, address, i * stride), _half)
-        halves = b.insert_element(halves, scale, ir.Constant(_i32, i))
-    floats = b.fpext(halves, ir.VectorType(_float, n))
+        scale = _load(b, _offset(b, address, i * stride), _i16)
+        bits = b.insert_element(bits, scale, ir.Constant(_i32, i))
+    if _HAS_HALF:
+        floats = b.fpext(b.bitcast(bits, ir.VectorType(_half, n)), ir.VectorType(_float, n))
+    else:
+        floats = _half_to_float(b, bits)
     floats = b.fmul(floats, _load(b, x_scales, ir.VectorType(_float, n)))
     return _shuffle(b, floats, floats, [lane * n // 16 for lane in range(16)])
 

@@ -1,0 +1,145 @@
+"""The vector layer: half precision against NumPy, dot products against integers, per path."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from conftest import kl
+from powerinfer.runtime.cpu import simd
+from powerinfer.runtime.cpu.elementwise import exp16, softmax_numerators
+
+import powerinfer
+
+
+@numba.njit
+def widen(n, source, target):
+    for i in range(0, n, 16):
+        simd.store_f32x16(target + 4 * i, simd.load_f16x16(source + 2 * i))
+
+
+@numba.njit
+def narrow(n, source, target):
+    for i in range(0, n, 16):
+        simd.store_f16x16(target + 2 * i, simd.load_f32x16(source + 4 * i))
+
+
+@numba.njit
+def dots(nibbles, w, x, bias, zero, target):
+    """target [3, 16]: dot_nibbles of low and high nibbles, dot_bytes."""
+    v, xs = simd.load_i8x64(nibbles), simd.load_i8x64(x)
+    start = simd.load_i32x16(zero)
+    simd.store_i32x16(target, simd.dot_nibbles(start, simd.low_nibbles(v), xs))
+    simd.store_i32x16(target + 64, simd.dot_nibbles(start, simd.high_nibbles(v), xs))
+    simd.store_i32x16(target + 128, simd.dot_bytes(simd.load_i32x16(bias), simd.load_i8x64(w), xs))
+
+
+@numba.njit
+def exponentials(n, x, target):
+    for i in range(0, n, 16):
+        simd.store_f32x16(target + 4 * i, exp16(simd.load_f32x16(x + 4 * i)))
+
+
+@numba.njit
+def numerators(x, n):
+    return softmax_numerators(x, n)
+
+
+def address(x):
+    return x.ctypes.data
+
+
+def check_half():
+    every = np.arange(1 << 16, dtype=np.uint16)
+    wide = np.empty(1 << 16, np.float32)
+    widen(len(every), address(every), address(wide))
+    assert np.array_equal(wide, every.view(np.float16).astype(np.float32), equal_nan=True)
+    # Halfway between neighbours, a little above and below, too large, too small, NaN.
+    finite = np.sort(wide[np.isfinite(wide)]).astype(np.float64)
+    middle = (finite[:-1] + finite[1:]) / 2
+    x = np.concatenate([wide, middle, np.nextafter(middle.astype(np.float32), np.float32(9e9))])
+    x = np.concatenate([x, [65519, 65520, 1e30, -1e30, 1e-30, np.inf, -np.inf, np.nan]])
+    x = np.resize(x.astype(np.float32), -(-len(x) // 16) * 16)
+    out = np.empty(len(x), np.uint16)
+    narrow(len(x), address(x), address(out))
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = x.astype(np.float16)
+    assert np.array_equal(out.view(np.float16), expected, equal_nan=True)
+
+
+def check_dots():
+    rng = np.random.default_rng(7)
+    for extreme in (False, True):
+        for _ in range(20):
+            nibbles = rng.integers(0, 256, 64).astype(np.uint8)
+            w = rng.choice([-128, -127, 127] if extreme else range(-128, 128), 64).astype(np.int8)
+            x = rng.choice([-127, 127] if extreme else range(-127, 128), 64).astype(np.int8)
+            sums = x.astype(np.int32).reshape(16, 4).sum(axis=1).astype(np.int32)
+            bias, out = -simd.Q8_BIAS * sums, np.empty((3, 16), np.int32)
+            zero = np.zeros(16, np.int32)
+            dots(*map(address, (nibbles, w, x, bias, zero, out)))
+            for row, weights in zip(out, (nibbles & 15, nibbles >> 4, w), strict=True):
+                products = weights.astype(np.int64) * x
+                assert row.tolist() == products.reshape(16, 4).sum(axis=1).tolist()
+
+
+def check_exp():
+    x = np.concatenate([np.linspace(-87, 0, 4080), [-1e30, -200, -88, -0.0]]).astype(np.float32)
+    x = np.resize(x, -(-len(x) // 16) * 16)
+    out = np.empty_like(x)
+    exponentials(len(x), address(x), address(out))
+    np.testing.assert_allclose(out, np.exp(np.maximum(x, -87.3)), rtol=3e-7)
+    for n in (1, 15, 16, 17, 100):
+        y = np.random.default_rng(n).standard_normal(n + 16).astype(np.float32) * 10
+        expected = np.exp(y[:n].astype(np.float64) - y[:n].max())
+        total = numerators(address(y), n)
+        np.testing.assert_allclose(y[:n], expected, rtol=1e-5, atol=1e-37)
+        np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
+
+
+def test_half():
+    check_half()
+
+
+def test_dots():
+    check_dots()
+
+
+def test_exp():
+    check_exp()
+
+
+def test_generic_path(demo_gguf, heldout_ids, tmp_path):
+    """The path for any CPU, in a process that numba is told to compile for the plainest one."""
+    types = ("f32", "f16", "q8_0", "q4_0")
+    paths = {str(demo_gguf(t)): str(tmp_path / f"{t}.npy") for t in types}
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import numpy as np, powerinfer, test_simd
+assert test_simd.simd.ISA == "generic"
+test_simd.check_half()
+test_simd.check_dots()
+test_simd.check_exp()
+for path, out in {paths!r}.items():
+    with powerinfer.open(path) as llm:
+        np.save(out, llm.logits({heldout_ids[:64]}))
+"""
+    environment = os.environ | {"NUMBA_CPU_NAME": "generic"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    for type_ in types:
+        with powerinfer.open(demo_gguf(type_), backend="numpy") as llm:
+            reference = llm.logits(heldout_ids[:64])
+        bound = 2e-4 if type_[0] == "q" else 1e-7  # see test_model.py on values between int8 steps
+        assert kl(reference, np.load(tmp_path / f"{type_}.npy")) < bound
+
+
+@pytest.mark.skipif(simd.ISA == "generic", reason="this CPU has only the generic path")
+def test_the_best_path_is_chosen():
+    from llvmlite.binding import get_host_cpu_features
+
+    has = get_host_cpu_features()
+    assert (simd.ISA == "avx512vnni") == bool(has.get("avx512vnni") and has.get("avx512bw"))
