@@ -15,7 +15,8 @@ from ..quantize.policy import Policy
 from ..runtime.config import DENSE_ACTIVATIONS, SPARSE_ACTIVATIONS
 from ..runtime.errors import FileFormatError, ModelError
 from ..runtime.formats import F32Array, GGMLType
-from ..runtime.gguf import GGUFWriter, Value, ValueType
+from ..runtime.gguf import Value, ValueType
+from ..runtime.gguf_writer import GGUFWriter
 from .architectures import ARCHITECTURES, Architecture, Rope, Transform, read_rope
 from .checkpoint import Stored, open_checkpoint, read_json, read_tensors
 from .vocab import tokenizer_keys

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..runtime.errors import ModelError, RequestError
 from ..runtime.formats import BLOCK_SIZES, QK, F32Array, GGMLType, U8Array, decode, encode
-from ..runtime.gguf import GGUFFile, GGUFWriter, Tensor, Value, ValueType
+from ..runtime.gguf import GGUFFile, Tensor, Value, ValueType
+from ..runtime.gguf_writer import GGUFWriter
 from .policy import FILE_TYPES, Policy
 
 CHUNK = 1 << 22  # weights encoded at a time by one thread: 16 MiB as float32

@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ..runtime.cpu.jit import inline, nogil
+from ..runtime.cpu.rows import load16
 from ..runtime.cpu.simd import (
     absolute,
-    load_bf16x16,
-    load_f16x16,
     load_f32,
-    load_f32x16,
     max16,
     maximum,
     mul,
@@ -19,40 +17,28 @@ from ..runtime.cpu.simd import (
     store_f32x16,
     store_u8,
 )
-from ..runtime.formats import GGMLType
 
-F32, F16, BF16 = int(GGMLType.F32), int(GGMLType.F16), int(GGMLType.BF16)
 _MAX = np.finfo(np.float32).max
-
-
-@inline
-def _load(source, x, i):
-    """Load weights 16 i to 16 i + 15 of a float row as float32."""
-    if source == F16:
-        return load_f16x16(x + 32 * i)
-    if source == BF16:
-        return load_bf16x16(x + 32 * i)
-    return load_f32x16(x + 64 * i)
 
 
 @inline
 def _scaled(source, x, block, inverse, scratch):
     """scratch [32] = block * inverse."""
     factor = splat(inverse)
-    store_f32x16(scratch, mul(_load(source, x, 2 * block), factor))
-    store_f32x16(scratch + 64, mul(_load(source, x, 2 * block + 1), factor))
+    store_f32x16(scratch, mul(load16(source, x, 32 * block), factor))
+    store_f32x16(scratch + 64, mul(load16(source, x, 32 * block + 16), factor))
 
 
 @nogil("int64(intp, intp, int64, intp, intp)")
 def encode_q4_0(source, x, n_blocks, out, scratch):
     """Encode n_blocks blocks of 32 floats at `x` into 18 bytes each at `out`.
 
-    `source`: F32, F16 or BF16; `scratch`: 128 bytes. Returns the number of blocks that hold
-    NaN or infinity (their bytes mean nothing).
+    `source`: GGMLType F32, F16 or BF16; `scratch`: 128 bytes. Returns the number of blocks that
+    hold NaN or infinity (their bytes mean nothing).
     """
     bad = 0
     for block in range(n_blocks):
-        low, high = _load(source, x, 2 * block), _load(source, x, 2 * block + 1)
+        low, high = load16(source, x, 32 * block), load16(source, x, 32 * block + 16)
         amax = max16(maximum(absolute(low), absolute(high)))
         store_f32x16(scratch, low)
         store_f32x16(scratch + 64, high)
@@ -89,7 +75,7 @@ def encode_q8_0(source, x, n_blocks, out, scratch):
     """Encode n_blocks blocks of 32 floats into 34 bytes each; see encode_q4_0."""
     bad = 0
     for block in range(n_blocks):
-        low, high = _load(source, x, 2 * block), _load(source, x, 2 * block + 1)
+        low, high = load16(source, x, 32 * block), load16(source, x, 32 * block + 16)
         amax = max16(maximum(absolute(low), absolute(high)))
         store_f32x16(scratch, low)
         store_f32x16(scratch + 64, high)

@@ -148,9 +148,9 @@ def test_a_reader_that_leaves(demo_gguf):
 
 def test_demo(tmp_path, monkeypatch, capfd):
     """--demo makes its model once, under the user's cache directory."""
-    from powerinfer.tools.demo import demo_model
+    from powerinfer.tools.demo_model import demo_model
 
-    monkeypatch.setattr("powerinfer.tools.demo.cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr("powerinfer.tools.demo_model.cache_dir", lambda: tmp_path / "cache")
     path = demo_model()
     assert list(path.parent.iterdir()) == [path]
     made = path.stat().st_mtime_ns

@@ -7,7 +7,8 @@ from powerinfer.runtime.cache import KVCache, Sequence
 from powerinfer.runtime.config import model_config
 from powerinfer.runtime.engine import Engine
 from powerinfer.runtime.errors import FileFormatError, ModelError, PowerInferError, RequestError
-from powerinfer.runtime.gguf import GGUFFile, GGUFWriter, Value, ValueType
+from powerinfer.runtime.gguf import GGUFFile, Value, ValueType
+from powerinfer.runtime.gguf_writer import GGUFWriter
 from powerinfer.runtime.step import Step
 from test_gguf import write
 

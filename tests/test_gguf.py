@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from powerinfer.runtime.errors import FileFormatError
 from powerinfer.runtime.formats import GGMLType, encode
-from powerinfer.runtime.gguf import GGUFFile, GGUFWriter, Value, ValueType
+from powerinfer.runtime.gguf import GGUFFile, Value, ValueType
+from powerinfer.runtime.gguf_writer import GGUFWriter
 
 
 def write(path, keys=None, tensors=None):

@@ -9,7 +9,7 @@ import numba
 import numpy as np
 import pytest
 from conftest import kl
-from powerinfer.runtime.cpu import simd
+from powerinfer.runtime.cpu import isa, simd
 from powerinfer.runtime.cpu.elementwise import exp16, softmax_numerators
 
 import powerinfer
@@ -78,7 +78,7 @@ def check_dots():
             w = rng.choice([-128, -127, 127] if extreme else range(-128, 128), 64).astype(np.int8)
             x = rng.choice([-127, 127] if extreme else range(-127, 128), 64).astype(np.int8)
             sums = x.astype(np.int32).reshape(16, 4).sum(axis=1).astype(np.int32)
-            bias, out = -simd.Q8_BIAS * sums, np.empty((3, 16), np.int32)
+            bias, out = -isa.Q8_BIAS * sums, np.empty((3, 16), np.int32)
             zero = np.zeros(16, np.int32)
             dots(*map(address, (nibbles, w, x, bias, zero, out)))
             for row, weights in zip(out, (nibbles & 15, nibbles >> 4, w), strict=True):
@@ -120,7 +120,7 @@ def test_generic_path(demo_gguf, heldout_ids, tmp_path):
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import numpy as np, powerinfer, test_simd
-assert test_simd.simd.ISA == "generic"
+assert test_simd.isa.ISA == "generic"
 test_simd.check_half()
 test_simd.check_dots()
 test_simd.check_exp()
@@ -137,9 +137,9 @@ for path, out in {paths!r}.items():
         assert kl(reference, np.load(tmp_path / f"{type_}.npy")) < bound
 
 
-@pytest.mark.skipif(simd.ISA == "generic", reason="this CPU has only the generic path")
+@pytest.mark.skipif(isa.ISA == "generic", reason="this CPU has only the generic path")
 def test_the_best_path_is_chosen():
     from llvmlite.binding import get_host_cpu_features
 
     has = get_host_cpu_features()
-    assert (simd.ISA == "avx512vnni") == bool(has.get("avx512vnni") and has.get("avx512bw"))
+    assert (isa.ISA == "avx512vnni") == bool(has.get("avx512vnni") and has.get("avx512bw"))

@@ -7,7 +7,8 @@ import pytest
 import sentencepiece
 from conftest import DEMO
 from powerinfer.runtime.errors import FileFormatError, RequestError
-from powerinfer.runtime.gguf import GGUFFile, GGUFWriter, Value, ValueType
+from powerinfer.runtime.gguf import GGUFFile, Value, ValueType
+from powerinfer.runtime.gguf_writer import GGUFWriter
 from powerinfer.runtime.tokenizer import StreamDecoder, Tokenizer
 
 

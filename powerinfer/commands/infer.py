@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     model = args.model
     if args.demo:
-        from ..tools.demo import demo_model
+        from ..tools.demo_model import demo_model
 
         model = demo_model()
     options = RunOptions(

@@ -8,7 +8,6 @@ import numpy as np
 
 from .jit import inline
 from .simd import (
-    F32x16,
     add,
     fma,
     load_f32,
@@ -24,8 +23,6 @@ from .simd import (
     sum16,
     times_power_of_2,
 )
-
-assert F32x16.llvm.count == 16  # the loops below step by 16
 
 
 @inline

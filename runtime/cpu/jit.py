@@ -20,7 +20,7 @@ import numba
 from numba import types
 
 from ..paths import cache_dir
-from . import simd
+from . import isa, simd
 
 _JOB = types.void(types.intp, types.intp, types.intp, types.intp)
 
@@ -31,7 +31,7 @@ _compiling = threading.Lock()
 @functools.cache
 def kernel_cache() -> Path:
     """Return the directory of compiled kernels for these sources, versions and this ISA."""
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {simd.ISA}".encode())
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {isa.ISA}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return cache_dir() / f"kernels-{digest.hexdigest()[:16]}"

@@ -19,9 +19,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..formats import GGMLType
+from .isa import Q8_BIAS
 from .jit import inline
 from .simd import (
-    Q8_BIAS,
     absolute,
     add,
     dot_bytes,
@@ -179,41 +179,36 @@ def _dot_q8_0(w, n, x, scratch):
 
 
 @inline
-def _dot_f32(w, n, x):
-    even, odd = splat(np.float32(0)), splat(np.float32(0))
-    for i in range(0, n - 31, 32):
-        prefetch(w + 4 * i + PREFETCH)
-        even = fma(load_f32x16(w + 4 * i), load_f32x16(x + 4 * i), even)
-        odd = fma(load_f32x16(w + 4 * i + 64), load_f32x16(x + 4 * i + 64), odd)
-    total = sum16(add(even, odd))
-    for i in range(n // 32 * 32, n):
-        total = fma1(load_f32(w + 4 * i), load_f32(x + 4 * i), total)
-    return total
+def load16(type_, w, i):
+    """Load weights i to i + 15 of a float row as float32."""
+    if type_ == F16:
+        return load_f16x16(w + 2 * i)
+    if type_ == BF16:
+        return load_bf16x16(w + 2 * i)
+    return load_f32x16(w + 4 * i)
 
 
 @inline
-def _dot_f16(w, n, x):
-    even, odd = splat(np.float32(0)), splat(np.float32(0))
-    for i in range(0, n - 31, 32):
-        prefetch(w + 2 * i + PREFETCH)
-        even = fma(load_f16x16(w + 2 * i), load_f32x16(x + 4 * i), even)
-        odd = fma(load_f16x16(w + 2 * i + 32), load_f32x16(x + 4 * i + 64), odd)
-    total = sum16(add(even, odd))
-    for i in range(n // 32 * 32, n):
-        total = fma1(load_f16(w + 2 * i), load_f32(x + 4 * i), total)
-    return total
+def _load1(type_, w, i):
+    if type_ == F16:
+        return load_f16(w + 2 * i)
+    if type_ == BF16:
+        return load_bf16(w + 2 * i)
+    return load_f32(w + 4 * i)
 
 
 @inline
-def _dot_bf16(w, n, x):
+def _dot_float(type_, w, n, x):
+    """Sum of w * x, two chains of 16; called with a constant type, so that no branch is left."""
+    size = 4 if type_ == F32 else 2
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     for i in range(0, n - 31, 32):
-        prefetch(w + 2 * i + PREFETCH)
-        even = fma(load_bf16x16(w + 2 * i), load_f32x16(x + 4 * i), even)
-        odd = fma(load_bf16x16(w + 2 * i + 32), load_f32x16(x + 4 * i + 64), odd)
+        prefetch(w + size * i + PREFETCH)
+        even = fma(load16(type_, w, i), load_f32x16(x + 4 * i), even)
+        odd = fma(load16(type_, w, i + 16), load_f32x16(x + 4 * i + 64), odd)
     total = sum16(add(even, odd))
     for i in range(n // 32 * 32, n):
-        total = fma1(load_bf16(w + 2 * i), load_f32(x + 4 * i), total)
+        total = fma1(_load1(type_, w, i), load_f32(x + 4 * i), total)
     return total
 
 
@@ -225,10 +220,19 @@ def dot(type_, w, n, x, packed, scratch):
     if type_ == Q8_0:
         return _dot_q8_0(w, n, packed, scratch)
     if type_ == F16:
-        return _dot_f16(w, n, x)
+        return _dot_float(F16, w, n, x)
     if type_ == BF16:
-        return _dot_bf16(w, n, x)
-    return _dot_f32(w, n, x)
+        return _dot_float(BF16, w, n, x)
+    return _dot_float(F32, w, n, x)
+
+
+@inline
+def _axpy_float(type_, w, n, a, y):
+    scale = splat(a)
+    for i in range(0, n - 15, 16):
+        store_f32x16(y + 4 * i, fma(load16(type_, w, i), scale, load_f32x16(y + 4 * i)))
+    for i in range(n // 16 * 16, n):
+        store_f32(y + 4 * i, fma1(_load1(type_, w, i), a, load_f32(y + 4 * i)))
 
 
 @inline
@@ -251,26 +255,11 @@ def axpy(type_, w, n, a, y):
             store_f32x16(at + 64, fma(load_i8x16(w + 18), scale, load_f32x16(at + 64)))
             w += 34
     elif type_ == F16:
-        scale = splat(a)
-        for i in range(0, n - 15, 16):
-            at = y + 4 * i
-            store_f32x16(at, fma(load_f16x16(w + 2 * i), scale, load_f32x16(at)))
-        for i in range(n // 16 * 16, n):
-            store_f32(y + 4 * i, fma1(load_f16(w + 2 * i), a, load_f32(y + 4 * i)))
+        _axpy_float(F16, w, n, a, y)
     elif type_ == BF16:
-        scale = splat(a)
-        for i in range(0, n - 15, 16):
-            at = y + 4 * i
-            store_f32x16(at, fma(load_bf16x16(w + 2 * i), scale, load_f32x16(at)))
-        for i in range(n // 16 * 16, n):
-            store_f32(y + 4 * i, fma1(load_bf16(w + 2 * i), a, load_f32(y + 4 * i)))
+        _axpy_float(BF16, w, n, a, y)
     else:
-        scale = splat(a)
-        for i in range(0, n - 15, 16):
-            at = y + 4 * i
-            store_f32x16(at, fma(load_f32x16(w + 4 * i), scale, load_f32x16(at)))
-        for i in range(n // 16 * 16, n):
-            store_f32(y + 4 * i, fma1(load_f32(w + 4 * i), a, load_f32(y + 4 * i)))
+        _axpy_float(F32, w, n, a, y)
 
 
 @inline
