@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from .errors import ModelError
+from .errors import ModelError, RequestError
 from .gguf import GGUFFile, ValueType
 
 Mode = Literal["exact", "predicted", "dense"]
@@ -114,9 +114,16 @@ def model_config(file: GGUFFile) -> ModelConfig:
     return config
 
 
+MAX_THREADS = 512
+MAX_CONTEXT = 1 << 22
+
+
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run a model; every command line and `powerinfer.open` fill one of these."""
+    """How to run a model; every command line and `powerinfer.open` fill one of these.
+
+    RequestError for a value that makes no sense.
+    """
 
     threads: int | None = None  # None: one per physical core
     context: int | None = None  # tokens; None: min(trained context, 4096)
@@ -126,3 +133,19 @@ class RunOptions:
     sparse_threshold: float | None = None  # overrides the file's
     vram_budget: float | None = None  # GiB; accepted for machines with a GPU
     chunk: int = 512  # most tokens in one forward pass
+
+    def __post_init__(self) -> None:
+        def check(name: str, ok: bool, want: str) -> None:
+            if not ok:
+                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be {want}")
+
+        check("threads", self.threads is None or 1 <= self.threads <= MAX_THREADS, "1 to 512")
+        check("context", self.context is None or 1 <= self.context <= MAX_CONTEXT, "1 to 4194304")
+        modes, backends, types = get_args(Mode), ("auto", "numpy", "cpu"), ("auto", "f32", "f16")
+        check("mode", self.mode is None or self.mode in modes, f"one of {', '.join(modes)}")
+        check("backend", self.backend in backends, f"one of {', '.join(backends)}")
+        check("kv_type", self.kv_type in types, f"one of {', '.join(types)}")
+        threshold, budget = self.sparse_threshold, self.vram_budget
+        check("sparse_threshold", threshold is None or threshold == threshold, "a number")
+        check("vram_budget", budget is None or 0 <= budget < float("inf"), "0 GiB or more")
+        check("chunk", self.chunk >= 1, "at least 1")

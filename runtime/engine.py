@@ -25,7 +25,6 @@ from .tokenizer import StreamDecoder, Tokenizer
 from .weights import Weights, load_weights
 
 DEFAULT_CONTEXT = 4096
-MAX_CONTEXT = 1 << 22
 N_OUT = 32  # tokens whose logits are computed at once
 
 
@@ -276,12 +275,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _choose_context(config: ModelConfig, options: RunOptions) -> int:
-    context = options.context
-    if context is None:
-        return min(config.n_ctx_train, DEFAULT_CONTEXT)
-    if not 0 < context <= MAX_CONTEXT:
-        raise RequestError(f"a context of {context} tokens is not possible")
-    return context
+    return options.context or min(config.n_ctx_train, DEFAULT_CONTEXT)
 
 
 def _choose_mode(

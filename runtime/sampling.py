@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .errors import RequestError
+from .errors import ModelError, RequestError
 from .formats import F32Array
 
 
@@ -61,9 +61,14 @@ class Sampler:
                 raise RequestError(f"logit bias names token {token}, outside 0 to {n_vocab - 1}")
 
     def sample(self, logits: F32Array, history: Sequence[int]) -> int:
-        """Choose a token from `logits` [n_vocab]; `history` is the text so far, oldest first."""
+        """Choose a token from `logits` [n_vocab]; `history` is the text so far, oldest first.
+
+        ModelError if a logit is NaN or infinite.
+        """
         o = self.options
         logits = logits.astype(np.float64)
+        if not np.isfinite(logits).all():
+            raise ModelError("the model computed logits that are not finite: its file is damaged")
         self._penalise(logits, history)
         for token, bias in o.logit_bias.items():
             logits[token] += bias

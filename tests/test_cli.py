@@ -114,7 +114,10 @@ def test_infer_usage_errors(capfd, demo_gguf):
         (["-m", model, "--exact", "--dense"], "not allowed with"),
         (["-m", model, "-p", "a", "-f", "b"], "exclude each other"),
         (["-m", model, "--logit-bias", "x"], "is not like"),
-        (["-m", model, "--vram-budget", "-3"], "makes no sense"),
+        (["-m", model, "--vram-budget", "-3"], "vram_budget is -3"),
+        (["-m", model, "-t", "513"], "threads is 513"),
+        (["-m", model, "-c", "9999999"], "context is 9999999"),
+        (["-m", model, "--sparse-threshold", "nan"], "sparse_threshold is nan"),
         (["-m", model, "--nonsense"], "unrecognized"),
     ):
         code, out, err = run(capfd, "infer", *args)
@@ -313,10 +316,15 @@ def test_convert_failures(capfd, tiny_checkpoint, tmp_path):
     assert code == 2 and "invalid choice" in err
 
 
-def test_no_memory(capfd, demo_gguf):
-    """A context that cannot be allocated is a sentence, too."""
-    result = run(capfd, "infer", "-m", demo_gguf("q4_0"), "-p", "x", "-c", str(1 << 23))
-    one_sentence(result, "infer")
+def test_no_memory(capfd, demo_gguf, monkeypatch):
+    """What cannot be allocated is a sentence, too."""
+
+    def full(*_args):
+        raise MemoryError
+
+    monkeypatch.setattr("powerinfer.runtime.engine.KVCache", full)
+    line = one_sentence(run(capfd, "infer", "-m", demo_gguf("q4_0"), "-p", "x"), "infer")
+    assert "not enough memory" in line
 
 
 def test_front_door(capfd):

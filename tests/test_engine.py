@@ -119,8 +119,18 @@ def test_options(demo_gguf, tiny_gguf):
         powerinfer.open(path, exact=True, dense=True)
     with pytest.raises(TypeError, match="treads"):
         powerinfer.open(path, treads=2)
-    with pytest.raises(RequestError, match="context of -1"):
-        powerinfer.open(path, context=-1)
+    for name, value in (
+        ("context", -1),
+        ("threads", 0),
+        ("backend", "cuda"),
+        ("kv_type", "q8_0"),
+        ("mode", "sparse"),
+        ("chunk", 0),
+        ("vram_budget", -1.0),
+        ("sparse_threshold", float("nan")),
+    ):
+        with pytest.raises(RequestError, match=f"^{name} is {value!r}; it must be"):
+            powerinfer.open(path, **{name: value})
     with pytest.raises(RequestError, match="no predictors"):
         powerinfer.open(path, mode="predicted")
     with pytest.raises(RequestError, match="can only run with --dense"):

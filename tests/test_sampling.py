@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from powerinfer.runtime.errors import RequestError
+from powerinfer.runtime.errors import ModelError, RequestError
 from powerinfer.runtime.sampling import Sampler, SamplingOptions
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.3, 0.15, 0.1], np.float32))
@@ -96,3 +96,11 @@ def test_seed():
 def test_out_of_range(options):
     with pytest.raises(RequestError, match=f"{next(iter(options)).replace('_', '.')}"):
         SamplingOptions(**options)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite(bad):
+    logits = LOGITS.copy()
+    logits[2] = bad
+    with pytest.raises(ModelError, match="not finite"):
+        Sampler(SamplingOptions(), 5).sample(logits, [])

@@ -67,9 +67,12 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error("one of -m FILE and --demo is needed")
     if args.prompt is not None and args.file is not None:
         parser.error("-p and -f exclude each other")
-    if args.vram_budget is not None and not args.vram_budget >= 0:
-        parser.error(f"a VRAM budget of {args.vram_budget} GiB makes no sense")
-    sampling = _sampling(args, parser)
+    try:
+        options = _options(args)
+        sampling = _sampling(args)
+        SamplingOptions(**sampling)
+    except RequestError as error:
+        parser.error(str(error))
     prompt = _prompt(args)
 
     model = args.model
@@ -77,15 +80,6 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         from ..tools.demo_model import demo_model
 
         model = demo_model()
-    options = RunOptions(
-        threads=args.threads,
-        context=args.ctx_size,
-        mode="exact" if args.exact else "dense" if args.dense else None,
-        backend=args.backend,
-        kv_type=args.kv_type,
-        sparse_threshold=args.sparse_threshold,
-        vram_budget=args.vram_budget,
-    )
     _say(f"loading {model}")
     if args.vram_budget:
         _say("no GPU engine in this version: running on the CPU")
@@ -167,15 +161,27 @@ def _prompt(args: argparse.Namespace) -> str:
     return str(prompt)
 
 
-def _sampling(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
+def _options(args: argparse.Namespace) -> RunOptions:
+    return RunOptions(
+        threads=args.threads,
+        context=args.ctx_size,
+        mode="exact" if args.exact else "dense" if args.dense else None,
+        backend=args.backend,
+        kv_type=args.kv_type,
+        sparse_threshold=args.sparse_threshold,
+        vram_budget=args.vram_budget,
+    )
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     bias: dict[int, float] = {}
     for text in args.logit_bias:
         sign = max(text.rfind("+"), text.rfind("-"))
         try:
             bias[int(text[:sign])] = float(text[sign:])
         except ValueError:
-            parser.error(f"--logit-bias {text!r} is not like 42+1.5 or 42-inf")
-    sampling: dict[str, Any] = {
+            raise RequestError(f"--logit-bias {text!r} is not like 42+1.5 or 42-inf") from None
+    return {
         "temperature": args.temp,
         "top_k": args.top_k,
         "top_p": args.top_p,
@@ -187,8 +193,3 @@ def _sampling(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict
         "seed": None if args.seed < 0 else args.seed,
         "logit_bias": bias,
     }
-    try:
-        SamplingOptions(**sampling)
-    except RequestError as error:
-        parser.error(str(error))
-    return sampling
