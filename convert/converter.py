@@ -6,19 +6,27 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..quantize.encoder import Progress, add_file_type, encode_rows, row_chunks
 from ..quantize.policy import Policy
-from ..runtime.config import DENSE_ACTIVATIONS, SPARSE_ACTIVATIONS
+from ..runtime.config import ARCHITECTURES as ARCHITECTURE_TRAITS
+from ..runtime.config import POSITION_OFFSET
 from ..runtime.errors import FileFormatError, ModelError
 from ..runtime.formats import F32Array, GGMLType
 from ..runtime.gguf import Value, ValueType
 from ..runtime.gguf_writer import GGUFWriter
-from .architectures import ARCHITECTURES, Architecture, Rope, Transform, read_rope
+from .architectures import (
+    ARCHITECTURES,
+    Architecture,
+    Rope,
+    Transform,
+    check_variant,
+    read_rope,
+)
 from .checkpoint import Stored, open_checkpoint, read_json, read_tensors
+from .hyper import Hyper, read_hyper
 from .vocab import tokenizer_keys
 
 RANK_MULTIPLE = 32  # predictor ranks are padded to it with zeros, which changes no score
@@ -32,7 +40,7 @@ class Recipe:
     source: Stored
     shape: tuple[int, ...]  # in the file
     transform: Transform = "none"
-    n_head: int = 1  # for the transforms heads_q and heads_k
+    order: np.ndarray | None = None  # row numbers of the source, for the transforms of heads
 
     @property
     def rows(self) -> int:
@@ -42,11 +50,10 @@ class Recipe:
         """Return rows of the finished tensor as float32; only they are read."""
         if self.transform == "transpose":
             return np.ascontiguousarray(self.source.float32((slice(None), rows)).T)
-        if self.transform in ("heads_q", "heads_k"):
-            order = _rope_order(self.source.shape[0], self.n_head)
+        if self.order is not None:
             if len(self.shape) == 1:
-                return self.source.float32(order)[None]
-            return self.source.float32(order[rows])
+                return self.source.float32(self.order)[None]
+            return self.source.float32(self.order[rows])
         if len(self.shape) == 1:
             return self.source.float32()[None]
         x = self.source.float32(rows)
@@ -56,9 +63,19 @@ class Recipe:
         return x
 
 
-def _rope_order(rows: int, n_head: int) -> np.ndarray:
-    """Return the row numbers that turn Hugging Face's rope halves into GGUF's pairs."""
-    return np.arange(rows).reshape(n_head, 2, -1).swapaxes(1, 2).reshape(-1)
+def _row_order(transform: Transform, h: Hyper) -> np.ndarray | None:
+    """Return which row of the checkpoint each row of the file comes from; None: the same."""
+    if transform in ("heads_q", "heads_k"):
+        n_head = h.n_head if transform == "heads_q" else h.n_head_kv
+        halves = np.arange(n_head * h.head_dim).reshape(n_head, 2, h.head_dim // 2)
+        return halves.swapaxes(1, 2).reshape(-1)
+    if transform == "groups":
+        group = h.n_head // h.n_head_kv
+        rows = np.arange((h.n_head + 2 * h.n_head_kv) * h.head_dim)
+        groups = rows.reshape(h.n_head_kv, group + 2, h.head_dim)
+        q, k, v = groups[:, :group], groups[:, group], groups[:, group + 1]
+        return np.concatenate([q.reshape(-1), k.reshape(-1), v.reshape(-1)])
+    return None
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,7 @@ class Conversion:
     keys: dict[str, Value]
     recipes: list[Recipe]
     policy: Policy
+    warnings: tuple[str, ...]  # for the user
 
     @property
     def n_weights(self) -> int:
@@ -76,42 +94,44 @@ class Conversion:
 
 
 def plan_conversion(
-    folder: Path, predictor_folder: Path | None, policy: Policy, dense: bool
+    folder: Path,
+    predictor_folder: Path | None,
+    policy: Policy,
+    dense: bool,
+    activation: str | None = None,
 ) -> Conversion:
     """Check a checkpoint and its predictors, and say how they become a file.
 
-    `dense`: keep the standard down projection, and accept activations that are not sparse.
-    Nothing is written. FileFormatError and OSError for what cannot be read, ModelError for what
-    cannot be converted.
+    `dense`: keep the standard down projection, and accept activations that are not sparse;
+    `activation`: over what config.json says. Nothing is written. FileFormatError and OSError for
+    what cannot be read, ModelError for what cannot be converted.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a directory with a Hugging Face checkpoint")
+    if predictor_folder is not None and dense:
+        raise ModelError("predictors and --dense exclude each other")
     config = read_json(folder / "config.json")
     names = config.get("architectures") or ["?"]
-    architecture = ARCHITECTURES.get(str(names[0]))
+    name = str(names[0])
+    architecture = ARCHITECTURES.get(name)
     if architecture is None:
-        raise ModelError(f"{folder} holds a {names[0]}; supported: {', '.join(ARCHITECTURES)}")
-    h = _Hyper(folder, config)
-    activation = _activation(folder, config, dense)
+        raise ModelError(f"{folder} holds a {name}; supported: {', '.join(ARCHITECTURES)}")
+    check_variant(name, config)
+    has_predictors = predictor_folder is not None
+    h = read_hyper(folder, name, architecture, config, dense, activation, has_predictors)
     rope = read_rope(config, h.head_dim)
-    tensors = open_checkpoint(folder)
-    recipes = list(_model_recipes(folder, architecture, tensors, h, dense))
+    recipes = list(_model_recipes(folder, architecture, open_checkpoint(folder), h, dense))
     if rope.factors is not None:
         recipes.append(Recipe("rope_freqs.weight", Stored(rope.factors), rope.factors.shape))
-    embedding = tensors.get("model.embed_tokens.weight")
-    if embedding is None:
-        raise ModelError(f"{folder} has no embedding")
-    keys = _model_keys(folder, architecture.gguf, h, rope, activation)
-    keys |= tokenizer_keys(folder, config, embedding.shape[0])
+    keys = _model_keys(folder, architecture.gguf, h, rope)
+    keys |= tokenizer_keys(folder, config, h.n_vocab)
     if predictor_folder is not None:
-        if dense:
-            raise ModelError("predictors and --dense exclude each other")
         predictors, threshold = _predictor_recipes(predictor_folder, h)
         recipes += predictors
         keys["powerinfer.predictor_input"] = Value(ValueType.STRING, "residual")
         if threshold is not None:
             keys["powerinfer.sparse_threshold"] = Value(ValueType.FLOAT32, threshold)
-    return Conversion(architecture, keys, recipes, policy)
+    return Conversion(architecture, keys, recipes, policy, h.warnings)
 
 
 def write_conversion(
@@ -133,56 +153,16 @@ def write_conversion(
                 progress(x.size)
 
 
-class _Hyper:
-    """Hyper-parameters of a config.json, checked; ModelError names the one that is wrong."""
-
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        def number(key: str, default: int | None = None) -> int:
-            value = config.get(key)
-            value = default if value is None else value
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
-                raise ModelError(f"{folder}/config.json: {key} is {value!r}")
-            return value
-
-        self.n_embd = number("hidden_size")
-        self.n_ff = number("intermediate_size")
-        self.n_layer = number("num_hidden_layers")
-        self.n_head = number("num_attention_heads")
-        self.n_head_kv = number("num_key_value_heads", self.n_head)
-        self.head_dim = number("head_dim", self.n_embd // self.n_head)
-        self.n_ctx = number("max_position_embeddings", 2048)
-        self.n_vocab = number("vocab_size")
-        self.is_tied = bool(config.get("tie_word_embeddings", False))
-        eps = config.get("rms_norm_eps", 1e-6)
-        if not isinstance(eps, float) or not 0 < eps < 1:
-            raise ModelError(f"{folder}/config.json: rms_norm_eps is {eps!r}")
-        self.eps = eps
-        if self.n_head % self.n_head_kv or self.head_dim % 2:
-            raise ModelError(f"{folder}/config.json: the numbers of heads make no sense")
-
-
-def _activation(folder: Path, config: dict[str, Any], dense: bool) -> str:
-    activation = str(config.get("hidden_act", "silu"))
-    if activation in SPARSE_ACTIVATIONS:
-        return activation
-    if activation not in DENSE_ACTIVATIONS:
-        raise ModelError(f"{folder} uses the activation {activation!r}, which is not supported")
-    if not dense:
-        raise ModelError(
-            f"{folder} uses the activation {activation!r}: its neurons never fall silent, so there "
-            "is no sparsity to use; convert it with --dense to run it as an ordinary model"
-        )
-    return activation
-
-
 def _model_recipes(
-    folder: Path, architecture: Architecture, tensors: dict[str, Stored], h: _Hyper, dense: bool
+    folder: Path, architecture: Architecture, tensors: dict[str, Stored], h: Hyper, dense: bool
 ) -> Iterator[Recipe]:
     """Yield a recipe for each tensor; ModelError for one that is unknown, missing or misshapen."""
     q_dim, kv_dim = h.n_head * h.head_dim, h.n_head_kv * h.head_dim
-    shapes = {
+    shapes = {  # in the checkpoint; everything else is [n_embd]
         "token_embd.weight": (h.n_vocab, h.n_embd),
+        "position_embd.weight": (h.n_ctx + POSITION_OFFSET, h.n_embd),
         "output.weight": (h.n_vocab, h.n_embd),
+        "attn_qkv.weight": (q_dim + 2 * kv_dim, h.n_embd),
         "attn_q.weight": (q_dim, h.n_embd),
         "attn_k.weight": (kv_dim, h.n_embd),
         "attn_v.weight": (kv_dim, h.n_embd),
@@ -196,7 +176,13 @@ def _model_recipes(
         "ffn_gate.bias": (h.n_ff,),
         "ffn_up.bias": (h.n_ff,),
     }
-    left = dict(tensors)
+    left = {}
+    for hf_name, stored in tensors.items():
+        old = next((o for o in architecture.aliases if hf_name.startswith(o)), None)
+        if old is not None:
+            hf_name = architecture.aliases[old] + hf_name.removeprefix(old)
+        left[hf_name] = stored
+    written = set()
     # Whole-model tensors come once, the others once a layer; the file gets them in this order,
     # whatever order the shards have.
     for i in [None, *range(h.n_layer)]:
@@ -208,7 +194,7 @@ def _model_recipes(
             if hf_name == "lm_head.weight" and h.is_tied:
                 continue  # a copy of the embedding
             if stored is None:
-                if hf_name.endswith(".bias"):
+                if hf_name.endswith(".bias") or template in architecture.optional:
                     continue
                 raise ModelError(f"{folder} lacks the tensor {hf_name}")
             expected = shapes.get(re.sub(r"blk\.\d+\.", "", name), (h.n_embd,))
@@ -217,15 +203,19 @@ def _model_recipes(
                 raise ModelError(f"{folder}: {hf_name} is {have}, not {want}")
             if dense and "ffn_down_t" in name:
                 name, transform = name.replace("ffn_down_t", "ffn_down"), "none"
+            if name in written:
+                raise ModelError(f"{folder} has two tensors for {name}, one of them {hf_name}")
+            written.add(name)
             shape = stored.shape[::-1] if transform == "transpose" else stored.shape
-            n_head = h.n_head if transform == "heads_q" else h.n_head_kv
-            yield Recipe(name, stored, shape, transform, n_head)
+            yield Recipe(name, stored, shape, transform, _row_order(transform, h))
+        if i is not None and f"blk.{i}.attn_norm.weight" not in written:
+            raise ModelError(f"{folder} lacks the norm of layer {i}")
     for hf_name in left:
-        if re.sub(r"\.layers\.\d+\.", ".layers.{i}.", hf_name) not in architecture.ignored:
+        if re.sub(r"\.(layers|h)\.\d+\.", r".\1.{i}.", hf_name) not in architecture.ignored:
             raise ModelError(f"{folder} has a tensor that is not known: {hf_name}")
 
 
-def _predictor_recipes(folder: Path, h: _Hyper) -> tuple[list[Recipe], float | None]:
+def _predictor_recipes(folder: Path, h: Hyper) -> tuple[list[Recipe], float | None]:
     """Return recipes of fc1 and fc2 of every layer, and the threshold if one is given."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a directory with model_0.pt, model_1.pt, ...")
@@ -257,17 +247,20 @@ def _predictor_recipes(folder: Path, h: _Hyper) -> tuple[list[Recipe], float | N
     return recipes, threshold
 
 
-def _model_keys(
-    folder: Path, arch: str, h: _Hyper, rope: Rope, activation: str
-) -> dict[str, Value]:
+def _model_keys(folder: Path, arch: str, h: Hyper, rope: Rope) -> dict[str, Value]:
     def u32(value: int) -> Value:
         return Value(ValueType.UINT32, value)
 
     def f32(value: float) -> Value:
         return Value(ValueType.FLOAT32, value)
 
+    def text(value: str) -> Value:
+        return Value(ValueType.STRING, value)
+
+    traits = ARCHITECTURE_TRAITS[arch]
+    eps = "layer_norm_rms_epsilon" if traits.norm == "rms" else "layer_norm_epsilon"
     keys = {
-        "general.name": Value(ValueType.STRING, folder.resolve().name),
+        "general.name": text(folder.resolve().name),
         f"{arch}.vocab_size": u32(h.n_vocab),
         f"{arch}.context_length": u32(h.n_ctx),
         f"{arch}.embedding_length": u32(h.n_embd),
@@ -277,13 +270,18 @@ def _model_keys(
         f"{arch}.attention.head_count_kv": u32(h.n_head_kv),
         f"{arch}.attention.key_length": u32(h.head_dim),
         f"{arch}.attention.value_length": u32(h.head_dim),
-        f"{arch}.attention.layer_norm_rms_epsilon": f32(h.eps),
-        f"{arch}.rope.dimension_count": u32(h.head_dim),
-        f"{arch}.rope.freq_base": f32(rope.freq_base),
-        "powerinfer.ffn_activation": Value(ValueType.STRING, activation),
-        "powerinfer.neuron_order": Value(ValueType.STRING, "original"),
+        f"{arch}.attention.{eps}": f32(h.eps),
+        "powerinfer.ffn_activation": text(h.activation),
+        "powerinfer.neuron_order": text("original"),
     }
+    if h.activation_threshold is not None:
+        keys["powerinfer.ffn_activation_threshold"] = f32(h.activation_threshold)
+    if arch == "falcon":
+        keys["falcon.tensor_data_layout"] = text("jploski")  # q, k, v apart, as llama.cpp has it
+    if traits.rope != "none":
+        keys[f"{arch}.rope.dimension_count"] = u32(h.head_dim)
+        keys[f"{arch}.rope.freq_base"] = f32(rope.freq_base)
     if rope.linear_factor is not None:
-        keys[f"{arch}.rope.scaling.type"] = Value(ValueType.STRING, "linear")
+        keys[f"{arch}.rope.scaling.type"] = text("linear")
         keys[f"{arch}.rope.scaling.factor"] = f32(rope.linear_factor)
     return keys

@@ -18,6 +18,9 @@ FILE_TYPES = {
 }  # fmt: skip
 
 
+_PLAIN = ("_norm.weight", "_norm_2.weight", ".bias", ".ffn_freq", "position_embd.weight")
+
+
 @dataclass(frozen=True)
 class Policy:
     """A target type and what deviates from it; None means the default of the table below.
@@ -25,6 +28,7 @@ class Policy:
     | tensors                                   | type                          |
     |-------------------------------------------|-------------------------------|
     | norms, biases, rope factors, other 1-D    | f32                           |
+    | position_embd                             | f32                           |
     | ffn_freq, ffn_perm and integers           | as they are                   |
     | output, token_embd                        | q8_0 under q4_0, else target  |
     | predictors fc1, fc2                       | q8_0 under q4_0, else target  |
@@ -40,7 +44,7 @@ class Policy:
         """Return the type that tensor `name` (now `type_`) is to have in the new file."""
         if type_ in (GGMLType.I8, GGMLType.I16, GGMLType.I32, GGMLType.I64, GGMLType.F64):
             return type_
-        if len(shape) == 1 or name.endswith(("_norm.weight", ".bias", ".ffn_freq")):
+        if len(shape) == 1 or name.endswith(_PLAIN):
             return GGMLType.F32
         careful = GGMLType.Q8_0 if self.target is GGMLType.Q4_0 else self.target
         if name in ("output.weight", "token_embd.weight"):

@@ -10,10 +10,30 @@ from .gguf import GGUFFile, ValueType
 
 Mode = Literal["exact", "predicted", "dense"]
 
-# Activations for which a neuron is exactly silent (DESIGN.md section 3), then those that never are.
-SPARSE_ACTIVATIONS = ("relu",)
-DENSE_ACTIVATIONS = ("silu",)
-ARCHITECTURES = ("llama",)
+# FFN activations. Of the first a neuron is exactly silent for most tokens:
+#   relu; fatrelu(x) = x if x >= t else 0; drelu = relu(gate) * relu(up); relu2 = relu(x)^2
+SPARSE_ACTIVATIONS = ("relu", "fatrelu", "drelu", "relu2")
+DENSE_ACTIVATIONS = ("silu", "gelu")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What all models of one GGUF architecture have in common."""
+
+    norm: Literal["rms", "layer"]
+    rope: Literal["norm", "neox", "none"]  # which elements of a head turn together
+    is_parallel: bool  # attention and FFN both read the layer's input
+    activations: tuple[str, str]  # without a key: of sparse files, of dense ones
+
+
+ARCHITECTURES = {
+    "llama": Traits("rms", "norm", False, ("relu", "silu")),
+    "bamboo": Traits("rms", "norm", False, ("drelu", "drelu")),
+    "falcon": Traits("layer", "neox", True, ("relu", "gelu")),
+    "opt": Traits("layer", "none", False, ("relu", "relu")),
+}
+# Learned positions of OPT start at this row of their table (a leftover of fairseq's padding).
+POSITION_OFFSET = 2
 
 
 @dataclass(frozen=True)
@@ -30,11 +50,13 @@ class ModelConfig:
     n_head_kv: int
     head_dim: int
     n_ctx_train: int
+    traits: Traits
     norm_eps: float
     rope_dim: int  # leading dimensions of a head that are rotated
     rope_freq_base: float
     rope_linear_factor: float  # positions are divided by it
     activation: str
+    activation_threshold: float  # of fatrelu
     sparse_threshold: float  # a neuron is predicted when its score >= this
     layer_thresholds: tuple[float, ...] | None
     predictor_input: Literal["residual", "normed"]
@@ -57,6 +79,7 @@ def model_config(file: GGUFFile) -> ModelConfig:
         )
     n_embd = file.get_int(f"{arch}.embedding_length", low=1, high=1 << 20)
     n_head = file.get_int(f"{arch}.attention.head_count", low=1, high=1 << 14)
+    traits = ARCHITECTURES[arch]
     head_dim = file.get_int(f"{arch}.attention.key_length", max(1, n_embd // n_head), 1, 1 << 14)
     n_layer = file.get_int(f"{arch}.block_count", low=1, high=1 << 14)
     embedding = file.tensors.get("token_embd.weight")
@@ -70,7 +93,8 @@ def model_config(file: GGUFFile) -> ModelConfig:
     # Files of the original carry no activation key: they are ReLU models, recognised by the
     # transposed down projection that only such files have.
     is_sparse_file = "blk.0.ffn_down_t.weight" in file.tensors
-    activation = file.get_str("powerinfer.ffn_activation", "relu" if is_sparse_file else "silu")
+    default = traits.activations[0 if is_sparse_file else 1]
+    activation = file.get_str("powerinfer.ffn_activation", default)
     if activation not in SPARSE_ACTIVATIONS + DENSE_ACTIVATIONS:
         raise ModelError(f"{file.path} uses the activation {activation!r}, which is not supported")
 
@@ -94,14 +118,24 @@ def model_config(file: GGUFFile) -> ModelConfig:
         n_head=n_head,
         n_head_kv=file.get_int(f"{arch}.attention.head_count_kv", n_head, 1, 1 << 14),
         head_dim=head_dim,
-        n_ctx_train=file.get_int(f"{arch}.context_length", low=1, high=1 << 30),
-        norm_eps=file.get_float(f"{arch}.attention.layer_norm_rms_epsilon"),
-        rope_dim=file.get_int(f"{arch}.rope.dimension_count", head_dim, 2, head_dim),
+        n_ctx_train=_trained_context(file, arch),
+        traits=traits,
+        norm_eps=(
+            file.get_float(f"{arch}.attention.layer_norm_rms_epsilon")
+            if traits.norm == "rms"
+            else file.get_float(f"{arch}.attention.layer_norm_epsilon", 1e-5)
+        ),
+        rope_dim=(
+            0
+            if traits.rope == "none"
+            else file.get_int(f"{arch}.rope.dimension_count", head_dim, 2, head_dim)
+        ),
         rope_freq_base=file.get_float(f"{arch}.rope.freq_base", 10000.0),
         rope_linear_factor=(
             file.get_float(f"{arch}.rope.scaling.factor") if scaling == "linear" else 1.0
         ),
         activation=activation,
+        activation_threshold=file.get_float("powerinfer.ffn_activation_threshold", 0.0),
         sparse_threshold=file.get_float("powerinfer.sparse_threshold", 0.0),
         layer_thresholds=None if thresholds is None else tuple(float(t) for t in thresholds),
         predictor_input="normed" if predictor_input == "normed" else "residual",
@@ -109,9 +143,20 @@ def model_config(file: GGUFFile) -> ModelConfig:
     )
     if config.n_head % config.n_head_kv:
         raise ModelError(f"{file.path}: {n_head} heads do not share {config.n_head_kv} kv heads")
+    if activation == "fatrelu" and config.activation_threshold <= 0:
+        raise ModelError(f"{file.path}: fatrelu needs a threshold above 0")
     if config.rope_dim % 2 or not config.rope_freq_base > 0 or not config.rope_linear_factor > 0:
         raise ModelError(f"{file.path}: the rope parameters make no sense")
     return config
+
+
+def _trained_context(file: GGUFFile, arch: str) -> int:
+    context = file.get_int(f"{arch}.context_length", low=1, high=1 << 30)
+    positions = file.tensors.get("position_embd.weight")
+    if positions is None:
+        return context
+    # The original counts the table's rows, offset and all, as context.
+    return min(context, max(positions.shape[0] - POSITION_OFFSET, 0))
 
 
 MAX_THREADS = 512

@@ -275,6 +275,11 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _choose_context(config: ModelConfig, options: RunOptions) -> int:
+    if config.traits.rope == "none" and (options.context or 0) > config.n_ctx_train:
+        raise RequestError(
+            f"a context of {options.context} tokens is not possible: this model has learned "
+            f"positions for {config.n_ctx_train}"
+        )
     return options.context or min(config.n_ctx_train, DEFAULT_CONTEXT)
 
 

@@ -115,6 +115,10 @@ class Tensor:
     def nbytes(self) -> int:
         return int(self.data.size)
 
+    def row_slice(self, name: str, first: int, last: int) -> Tensor:
+        """Return rows [first, last) of a matrix as a tensor of its own, without a copy."""
+        return Tensor(name, self.type, (last - first, self.cols), self.data[first:last])
+
     def float32(self) -> F32Array:
         """Return the whole tensor decoded to float32, in its shape."""
         return decode(self.type, self.data).reshape(self.shape)

@@ -15,8 +15,11 @@ def forward(plan: Plan, ops: Backend) -> None:
     for il in range(plan.config.n_layer):
         ops.qkv(il)  # x -> q; k, v -> cache
         ops.attend(il)  # q, cache -> a
-        ops.out_add(il)  # x += a @ wo
+        if not plan.config.traits.is_parallel:
+            ops.out_add(il)  # x += a @ wo
         ops.ffn_norm(il)  # x -> h
         if plan.mode == "predicted":
             ops.predict(il)  # x or h -> mask
         ops.ffn(il)  # x += ffn(h)
+        if plan.config.traits.is_parallel:
+            ops.out_add(il)  # Falcon: the FFN has read the layer's input, as attention did

@@ -7,21 +7,40 @@ section 6 separates the two errors).
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from .backend import Plan
 from .cache import PAGE
+from .config import POSITION_OFFSET
 from .formats import INTEGER_DOT, F32Array, decode, round_activations
 from .gguf import Tensor
 
+_erf = np.frompyfunc(math.erf, 1, 1)
 
-def activate(kind: str, x: F32Array) -> F32Array:
-    """Apply an FFN activation elementwise."""
-    if kind == "relu":
+
+def activate(kind: str, x: F32Array, threshold: float = 0.0) -> F32Array:
+    """Apply an FFN activation to the decider, elementwise; `threshold` is fatrelu's."""
+    if kind in ("relu", "drelu"):
         return np.maximum(x, np.float32(0))
+    if kind == "fatrelu":
+        return np.where(x >= np.float32(threshold), x, np.float32(0))
+    if kind == "relu2":
+        return np.square(np.maximum(x, np.float32(0)))
     if kind == "silu":
         return x / (1 + np.exp(-x))
+    if kind == "gelu":
+        return (x * 0.5 * (1 + _erf(x / math.sqrt(2)).astype(np.float64))).astype(np.float32)
     raise ValueError(f"unknown activation {kind!r}")
+
+
+def layer_norm(x: F32Array, weight: F32Array, bias: F32Array | None, eps: float) -> F32Array:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (arXiv 1607.06450)."""
+    centred = x - np.mean(x, axis=-1, keepdims=True)
+    variance = np.mean(centred * centred, axis=-1, keepdims=True)
+    y = centred / np.sqrt(variance + np.float32(eps)) * weight
+    return y if bias is None else y + bias
 
 
 def rms_norm(x: F32Array, weight: F32Array, eps: float) -> F32Array:
@@ -30,16 +49,20 @@ def rms_norm(x: F32Array, weight: F32Array, eps: float) -> F32Array:
     return x / np.sqrt(mean + np.float32(eps)) * weight
 
 
-def rope(x: F32Array, table: F32Array) -> F32Array:
-    """Rotate pairs (2i, 2i + 1) of each head: GGUF's NORM order for Llama.
+def rope(x: F32Array, table: F32Array, kind: str) -> F32Array:
+    """Rotate pairs of each head: (2i, 2i + 1) for `norm`, (i, i + rope_dim / 2) for `neox`.
 
     x [n_tok, n_head, head_dim]; table [n_tok, 2, rope_dim / 2] of cos and sin.
     """
     cos, sin = table[:, None, 0], table[:, None, 1]  # [n_tok, 1, rope_dim / 2]
-    n = 2 * cos.shape[-1]
+    half = cos.shape[-1]
+    if kind == "norm":
+        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    else:
+        first, second = slice(0, half), slice(half, 2 * half)
     out = x.copy()
-    out[..., 0:n:2] = x[..., 0:n:2] * cos - x[..., 1:n:2] * sin
-    out[..., 1:n:2] = x[..., 0:n:2] * sin + x[..., 1:n:2] * cos
+    out[..., first] = x[..., first] * cos - x[..., second] * sin
+    out[..., second] = x[..., first] * sin + x[..., second] * cos
     return out
 
 
@@ -68,13 +91,20 @@ class Reference:
         y = x @ self._w(w).T
         return y if bias is None else y + self._w(bias)
 
-    def _norm(self, x: F32Array, weight: Tensor) -> F32Array:
-        return rms_norm(x, self._w(weight), self.plan.config.norm_eps)
+    def _norm(self, x: F32Array, weight: Tensor, bias: Tensor | None) -> F32Array:
+        c = self.plan.config
+        if c.traits.norm == "rms":
+            return rms_norm(x, self._w(weight), c.norm_eps)
+        return layer_norm(x, self._w(weight), None if bias is None else self._w(bias), c.norm_eps)
 
     def embed(self) -> None:
         step, embd = self.plan.step, self.plan.weights.embd
-        rows = embd.data[step.tokens[: step.n_tok]]  # [n_tok, row bytes]
-        self.plan.buffers.x[: step.n_tok] = decode(embd.type, rows)
+        n, x = step.n_tok, self.plan.buffers.x
+        x[:n] = decode(embd.type, embd.data[step.tokens[:n]])  # rows [n_tok, row bytes]
+        positions = self.plan.weights.positions
+        if positions is not None:
+            rows = positions.data[step.positions[:n] + POSITION_OFFSET]
+            x[:n] += decode(positions.type, rows)
 
     def qkv(self, il: int) -> None:
         c, w, step, b = (
@@ -84,16 +114,17 @@ class Reference:
             self.plan.buffers,
         )
         n = step.n_tok
-        h = self._norm(b.x[:n], w.attn_norm)
+        h = self._norm(b.x[:n], w.attn_norm, w.attn_norm_bias)
         q = self._matmul(h, w.wq, w.bq).reshape(n, c.n_head, c.head_dim)
         k = self._matmul(h, w.wk, w.bk).reshape(n, c.n_head_kv, c.head_dim)
         v = self._matmul(h, w.wv, w.bv).reshape(n, c.n_head_kv, c.head_dim)
         positions = step.positions[:n]
         table = self.plan.rope[positions]  # [n_tok, 2, rope_dim / 2]
-        b.q[:n] = rope(q, table).reshape(n, -1)
+        kind = c.traits.rope
+        b.q[:n] = rope(q, table, kind).reshape(n, -1)
         pages = step.pages[step.rows[:n], positions // PAGE]  # [n_tok]
         # [n_pages, n_head_kv, 32, head_dim] at (page, :, slot): [n_tok, n_head_kv, head_dim]
-        self.plan.cache.k[il][pages, :, positions % PAGE] = rope(k, table)
+        self.plan.cache.k[il][pages, :, positions % PAGE] = rope(k, table, kind)
         self.plan.cache.v[il][pages, :, positions % PAGE] = v
 
     def attend(self, il: int) -> None:
@@ -122,7 +153,7 @@ class Reference:
 
     def ffn_norm(self, il: int) -> None:
         w, n, b = self.plan.weights.layers[il], self.plan.step.n_tok, self.plan.buffers
-        b.h[:n] = self._norm(b.x[:n], w.ffn_norm)
+        b.h[:n] = self._norm(b.x[:n], w.ffn_norm, w.ffn_norm_bias)
 
     def predict(self, il: int) -> None:
         w, n, b = self.plan.weights.layers[il], self.plan.step.n_tok, self.plan.buffers
@@ -133,13 +164,18 @@ class Reference:
 
     def ffn(self, il: int) -> None:
         w, n, b = self.plan.weights.layers[il], self.plan.step.n_tok, self.plan.buffers
-        kind = self.plan.config.activation
-        h = b.h[:n]
-        act = activate(kind, self._matmul(h, w.gate, w.gate_bias))  # [n_tok, n_ff]
+        c, h = self.plan.config, b.h[:n]
+        decider = self._matmul(h, w.decider, w.decider_bias)  # [n_tok, n_ff]
+        act = activate(c.activation, decider, c.activation_threshold)
         if self.plan.mode == "predicted":
             act *= b.mask[:n]
         fired = act != 0
-        act *= self._matmul(h, w.up, w.up_bias)
+        if w.up is not None:
+            up = self._matmul(h, w.up, w.up_bias)
+            if c.activation == "drelu":
+                up = activate("relu", up)
+                fired &= up != 0
+            act *= up
         if w.down_t is not None:
             y = act @ self._w(w.down_t)  # [n_tok, n_embd]; down rows meet float activations
         else:
@@ -152,5 +188,6 @@ class Reference:
     def head(self) -> None:
         step, b = self.plan.step, self.plan.buffers
         x = b.x[step.outputs[: step.n_out]]
-        h = self._norm(x, self.plan.weights.output_norm)
-        b.logits[: step.n_out] = self._matmul(h, self.plan.weights.output)
+        w = self.plan.weights
+        h = self._norm(x, w.output_norm, w.output_norm_bias)
+        b.logits[: step.n_out] = self._matmul(h, w.output)

@@ -80,7 +80,8 @@ def rope_table(c: ModelConfig, context: int, factors: np.ndarray | None) -> np.n
     Angle i of position p is p / linear_factor * base^(-2 i / rope_dim) / factors[i]. Source:
     RoFormer (arXiv 2104.09864); llama3's factors as in llama.cpp's rope_freqs.
     """
-    inverse = c.rope_freq_base ** (-np.arange(0, c.rope_dim, 2, dtype=np.float64) / c.rope_dim)
+    dims = np.arange(0, c.rope_dim, 2, dtype=np.float64)  # none where positions are learned
+    inverse = c.rope_freq_base ** (-dims / max(c.rope_dim, 1))
     if factors is not None:
         inverse = inverse / factors.astype(np.float64)
     angles = np.arange(context, dtype=np.float64)[:, None] / c.rope_linear_factor * inverse

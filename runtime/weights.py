@@ -17,6 +17,7 @@ class Layer:
     """Weights of one transformer block; matrices are [outputs, inputs]."""
 
     attn_norm: Tensor  # [n_embd]
+    attn_norm_bias: Tensor | None  # [n_embd], of layer norms
     wq: Tensor  # [n_head * head_dim, n_embd]
     wk: Tensor  # [n_head_kv * head_dim, n_embd]
     wv: Tensor  # [n_head_kv * head_dim, n_embd]
@@ -26,9 +27,10 @@ class Layer:
     bv: Tensor | None
     bo: Tensor | None
     ffn_norm: Tensor  # [n_embd]
-    gate: Tensor  # [n_ff, n_embd]: the decider
-    up: Tensor  # [n_ff, n_embd]
-    gate_bias: Tensor | None  # [n_ff]
+    ffn_norm_bias: Tensor | None  # [n_embd]
+    decider: Tensor  # [n_ff, n_embd]: ffn_gate where there is one, else ffn_up
+    decider_bias: Tensor | None  # [n_ff]
+    up: Tensor | None  # [n_ff, n_embd]: what the activation is multiplied by; None without a gate
     up_bias: Tensor | None  # [n_ff]
     down_t: Tensor | None  # [n_ff, n_embd]: one neuron a row
     down: Tensor | None  # [n_embd, n_ff]: the standard layout of files made with --dense
@@ -43,7 +45,9 @@ class Weights:
     """All weights of a model."""
 
     embd: Tensor  # [n_vocab, n_embd]
+    positions: Tensor | None  # [n_ctx + POSITION_OFFSET, n_embd]: learned positions
     output_norm: Tensor  # [n_embd]
+    output_norm_bias: Tensor | None  # [n_embd]
     output: Tensor  # [n_vocab, n_embd]; the embedding when they are tied
     rope_factors: Tensor | None  # [rope_dim / 2]: frequencies are divided by these (llama3)
     layers: tuple[Layer, ...]
@@ -87,26 +91,44 @@ def load_weights(file: GGUFFile, config: ModelConfig) -> Weights:
     def maybe(name: str, *shape: int) -> Tensor | None:
         return get(name, *shape) if name in file.tensors else None
 
+    def qkv(p: str) -> list[Tensor]:
+        if p + "attn_qkv.weight" not in file.tensors:
+            shapes = (("attn_q", q_dim), ("attn_k", kv_dim), ("attn_v", kv_dim))
+            return [get(f"{p}{name}.weight", rows, c.n_embd) for name, rows in shapes]
+        fused = get(p + "attn_qkv.weight", q_dim + 2 * kv_dim, c.n_embd)
+        ends = (0, q_dim, q_dim + kv_dim, q_dim + 2 * kv_dim)
+        return [fused.row_slice(fused.name, ends[i], ends[i + 1]) for i in range(3)]
+
     def layer(il: int) -> Layer:
         p = f"blk.{il}."
         transposed = p + "ffn_down_t.weight" in file.tensors
+        has_gate = p + "ffn_gate.weight" in file.tensors
+        decider = p + ("ffn_gate" if has_gate else "ffn_up")
+        # Falcon feeds its FFN from attn_norm; where there is an attn_norm_2 (the 40B kind), that
+        # one feeds attention.
+        ffn_norm = p + ("attn_norm" if c.traits.is_parallel else "ffn_norm")
+        has_second = c.traits.is_parallel and p + "attn_norm_2.weight" in file.tensors
+        attn_norm = p + ("attn_norm_2" if has_second else "attn_norm")
         fc1 = maybe(p + "fc1.weight", -1, c.n_embd)
         rank = fc1.shape[0] if fc1 is not None else 0
+        wq, wk, wv = qkv(p)
         return Layer(
-            attn_norm=get(p + "attn_norm.weight", c.n_embd),
-            wq=get(p + "attn_q.weight", q_dim, c.n_embd),
-            wk=get(p + "attn_k.weight", kv_dim, c.n_embd),
-            wv=get(p + "attn_v.weight", kv_dim, c.n_embd),
+            attn_norm=get(attn_norm + ".weight", c.n_embd),
+            attn_norm_bias=maybe(attn_norm + ".bias", c.n_embd),
+            wq=wq,
+            wk=wk,
+            wv=wv,
             wo=get(p + "attn_output.weight", c.n_embd, q_dim),
             bq=maybe(p + "attn_q.bias", q_dim),
             bk=maybe(p + "attn_k.bias", kv_dim),
             bv=maybe(p + "attn_v.bias", kv_dim),
             bo=maybe(p + "attn_output.bias", c.n_embd),
-            ffn_norm=get(p + "ffn_norm.weight", c.n_embd),
-            gate=get(p + "ffn_gate.weight", c.n_ff, c.n_embd),
-            up=get(p + "ffn_up.weight", c.n_ff, c.n_embd),
-            gate_bias=maybe(p + "ffn_gate.bias", c.n_ff),
-            up_bias=maybe(p + "ffn_up.bias", c.n_ff),
+            ffn_norm=get(ffn_norm + ".weight", c.n_embd),
+            ffn_norm_bias=maybe(ffn_norm + ".bias", c.n_embd),
+            decider=get(decider + ".weight", c.n_ff, c.n_embd),
+            decider_bias=maybe(decider + ".bias", c.n_ff),
+            up=get(p + "ffn_up.weight", c.n_ff, c.n_embd) if has_gate else None,
+            up_bias=maybe(p + "ffn_up.bias", c.n_ff) if has_gate else None,
             down_t=get(p + "ffn_down_t.weight", c.n_ff, c.n_embd) if transposed else None,
             down=None if transposed else get(p + "ffn_down.weight", c.n_embd, c.n_ff),
             down_bias=maybe(p + ("ffn_down_t.bias" if transposed else "ffn_down.bias"), c.n_embd),
@@ -119,10 +141,18 @@ def load_weights(file: GGUFFile, config: ModelConfig) -> Weights:
     rope_factors = maybe("rope_freqs.weight", c.rope_dim // 2)
     if rope_factors is not None and not np.all(rope_factors.numpy() > 0):
         raise ModelError(f"{file.path}: rope_freqs.weight holds numbers that are not positive")
+    positions = maybe("position_embd.weight", -1, c.n_embd)
+    if c.traits.rope == "none" and (positions is None or c.n_ctx_train < 1):
+        raise ModelError(f"{file.path} has no position_embd.weight for its positions")
+    layers = tuple(layer(il) for il in range(c.n_layer))
+    if c.activation == "drelu" and any(la.up is None for la in layers):
+        raise ModelError(f"{file.path}: the activation drelu needs an ffn_gate in every layer")
     return Weights(
         embd=embd,
+        positions=positions,
         output_norm=get("output_norm.weight", c.n_embd),
+        output_norm_bias=maybe("output_norm.bias", c.n_embd),
         output=maybe("output.weight", c.n_vocab, c.n_embd) or embd,
         rope_factors=rope_factors,
-        layers=tuple(layer(il) for il in range(c.n_layer)),
+        layers=layers,
     )

@@ -107,7 +107,7 @@ def tiny_gguf(
                 folder / f"{name}.gguf",
                 outtype,
                 random_predictors(model, folder / "predictors", 40) if predictors else None,
-                dense=model.activation == "silu",
+                dense=name in tiny.DENSE,
             )
         return made[key]
 

@@ -164,7 +164,8 @@ def test_refused_configs(checkpoint):
     cases = [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; supported: LlamaForCausalLM"),
         ({"architectures": []}, r"holds a \?"),
-        ({"hidden_act": "gelu"}, "'gelu', which is not supported"),
+        ({"hidden_act": "tanh"}, "'tanh', which is not supported"),
+        ({"hidden_act": "gelu"}, "'gelu'.*never fall silent.*--dense"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"hidden_size": -64}, "hidden_size is -64"),
         ({"hidden_size": True}, "hidden_size is True"),

@@ -33,7 +33,7 @@ def test_logits_equal_transformers(name, outtype, backend, tiny_gguf):
     """The checkpoints are fp16, so the same golden serves both files."""
     g = golden(name)
     ours = logits(tiny_gguf(name, outtype), g["ids"].tolist(), backend=backend, kv_type="f32")
-    assert relative(ours, g["logits"]) < 1e-4
+    assert relative(ours[tiny.FIRST_GOLDEN :], g["logits"]) < 1e-4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -45,7 +45,7 @@ def test_greedy_tokens_equal_transformers(name, backend, tiny_gguf):
             g["ids"][:8].tolist(), max_tokens=64, temperature=0, ignore_eos=True
         )
         ours = list(tokens)
-    near_ties = np.flatnonzero(g["gaps"] < 1e-3)
+    near_ties = np.flatnonzero(g["gaps"] < 4e-4)
     n = int(near_ties[0]) if len(near_ties) else 64
     assert n >= 16, "the golden text must not end in a near-tie at once"
     assert ours[:n] == g["greedy"][:n].tolist()
@@ -70,7 +70,7 @@ def test_chunks_change_nothing_in_reference(tiny_gguf):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["mha", "gqa", "tied", "bias", "llama3"])
+@pytest.mark.parametrize("name", [n for n in tiny.MODELS if n not in tiny.DENSE])
 def test_exact_equals_dense(name, backend, tiny_gguf):
     ids = tiny.token_ids()
     path = tiny_gguf(name, "f32")
@@ -129,10 +129,10 @@ def test_demo_equals_transformers(backend, demo_gguf):
     for outtype in ("f32", "f16"):
         path = demo_gguf(outtype)
         ours = logits(path, g["ids"].tolist(), backend=backend, kv_type="f32")
-        assert relative(ours, g["logits"]) < 1e-4
+        assert relative(ours[16:], g["logits"]) < 1e-4
     with powerinfer.open(demo_gguf("f32"), backend=backend) as llm:
         ours = list(llm.generate_tokens(g["ids"][:8].tolist(), max_tokens=64, temperature=0))
-    near_ties = np.flatnonzero(g["gaps"] < 1e-3)
+    near_ties = np.flatnonzero(g["gaps"] < 4e-4)
     n = min(int(near_ties[0]) if len(near_ties) else 64, len(ours))
     assert n >= 16
     assert ours[:n] == g["greedy"][:n].tolist()

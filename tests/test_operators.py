@@ -6,7 +6,7 @@ import tiny
 from powerinfer.runtime.cache import Sequence
 from powerinfer.runtime.config import RunOptions
 from powerinfer.runtime.engine import Engine
-from powerinfer.runtime.reference import Reference, activate, rms_norm, rope
+from powerinfer.runtime.reference import Reference, activate, layer_norm, rms_norm, rope
 
 TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
 MODES = ["exact", "predicted", "dense"]
@@ -202,12 +202,15 @@ def test_reference_rope_is_a_complex_product():
     x = rng.standard_normal((3, 2, 8)).astype(np.float32)
     angles = rng.standard_normal((3, 3))  # rope_dim 6: the last two dimensions pass through
     table = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    pairs = x[..., 0:6:2] + 1j * x[..., 1:6:2]
-    turned = pairs * np.exp(1j * angles)[:, None]
-    out = rope(x, table)
-    np.testing.assert_allclose(out[..., 0:6:2], turned.real, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(out[..., 1:6:2], turned.imag, rtol=1e-5, atol=1e-6)
-    assert np.array_equal(out[..., 6:], x[..., 6:])
+    for kind, first, second in (
+        ("norm", np.s_[0:6:2], np.s_[1:6:2]),
+        ("neox", np.s_[:3], np.s_[3:6]),
+    ):
+        turned = (x[..., first] + 1j * x[..., second]) * np.exp(1j * angles)[:, None]
+        out = rope(x, table, kind)
+        np.testing.assert_allclose(out[..., first], turned.real, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(out[..., second], turned.imag, rtol=1e-5, atol=1e-6)
+        assert np.array_equal(out[..., 6:], x[..., 6:])
 
 
 def test_reference_norm_and_activations():
@@ -217,5 +220,11 @@ def test_reference_norm_and_activations():
     )
     assert activate("relu", x).tolist() == [[3, 0]]
     np.testing.assert_allclose(activate("silu", x), x / (1 + np.exp(-x)), rtol=1e-6)
+    np.testing.assert_allclose(activate("gelu", x), [[2.9959502, -0.00012668]], rtol=1e-4)
+    assert activate("relu2", x).tolist() == [[9, 0]]
+    y = np.array([0.5, 0.49, -1, 2], np.float32)
+    assert activate("fatrelu", y, 0.5).tolist() == [0.5, 0, 0, 2]
+    shifted = layer_norm(x, np.array([1, 2], np.float32), np.array([5, 6], np.float32), 0.0)
+    np.testing.assert_allclose(shifted, [[6, 4]], rtol=1e-6)
     with pytest.raises(ValueError, match="unknown activation"):
-        activate("gelu", x)
+        activate("tanh", x)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ..convert.converter import plan_conversion, write_conversion
 from ..quantize.policy import TARGETS, Policy, parse_type
+from ..runtime.config import DENSE_ACTIVATIONS, SPARSE_ACTIVATIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep the standard ffn_down and run dense; any Llama converts, not only ReLU ones",
     )
+    parser.add_argument(
+        "--activation",
+        choices=SPARSE_ACTIVATIONS + DENSE_ACTIVATIONS,
+        help="of the FFN, where config.json does not say it or is wrong",
+    )
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     policy = Policy(parse_type(args.outtype))
-    conversion = plan_conversion(args.model_dir, args.predictor_dir, policy, args.dense)
+    conversion = plan_conversion(
+        args.model_dir, args.predictor_dir, policy, args.dense, args.activation
+    )
+    for warning in conversion.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     name = args.model_dir.resolve().name
     kind = "" if args.dense else ".powerinfer"
     target = args.outfile or args.model_dir / f"{name}.{args.outtype}{kind}.gguf"

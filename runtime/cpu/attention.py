@@ -24,9 +24,9 @@ from .simd import (
 )
 
 QKV = layout(
-    "counts positions rows pages pages_cols x norm n_embd eps h packs pack_bytes ones q k v "
-    "n_head n_head_kv head_dim rope rope_half k_cache v_cache kv_type scratch scratch_bytes "
-    "wq:MATRIX wk:MATRIX wv:MATRIX"
+    "counts positions rows pages pages_cols x norm:NORM n_embd h packs pack_bytes ones q k v "
+    "n_head n_head_kv head_dim rope rope_half is_neox k_cache v_cache kv_type "
+    "scratch scratch_bytes wq:MATRIX wk:MATRIX wv:MATRIX"
 )
 
 
@@ -52,23 +52,21 @@ def _store(kv_type, cache, x, n):
 
 @job
 def qkv(args, control, epoch, thread):
-    """q, k, v = rms_norm(x) @ wq, wk, wv; rope on q and k; k, v into the cache.
+    """q, k, v = norm of x @ wq, wk, wv; rope on q and k; k, v into the cache.
 
     q [n_tok, n_head * head_dim]; one task of the last phase is a token and a kv head.
     """
     n_tok = load_i32(arg(args, QKV.counts))
     n = arg(args, QKV.n_embd)
     h, packs, size = arg(args, QKV.h), arg(args, QKV.packs), arg(args, QKV.pack_bytes)
-    eps = load_f32(arg(args, QKV.eps))
     while True:
         t = take(control, 0, epoch, n_tok)
         if t < 0:
             break
         norm_task(
+            args + 8 * QKV.norm,
             arg(args, QKV.x) + t * n * 4,
-            arg(args, QKV.norm),
             n,
-            eps,
             h + t * n * 4,
             packs + t * size,
             arg(args, QKV.ones),
@@ -98,7 +96,7 @@ def qkv(args, control, epoch, thread):
 
     n_head, n_head_kv = arg(args, QKV.n_head), arg(args, QKV.n_head_kv)
     head_dim, half = arg(args, QKV.head_dim), arg(args, QKV.rope_half)
-    kv_type = arg(args, QKV.kv_type)
+    kv_type, is_neox = arg(args, QKV.kv_type), arg(args, QKV.is_neox) != 0
     group = n_head // n_head_kv
     head_bytes = head_dim * (2 if kv_type == F16 else 4)
     n_tasks = n_tok * n_head_kv
@@ -111,9 +109,9 @@ def qkv(args, control, epoch, thread):
         row = np.int64(load_i32(arg(args, QKV.rows) + 4 * t))
         table = arg(args, QKV.rope) + position * half * 8
         for i in range(head * group, (head + 1) * group):
-            rope_head(arg(args, QKV.q) + 4 * head_dim * (t * n_head + i), table, half)
+            rope_head(arg(args, QKV.q) + 4 * head_dim * (t * n_head + i), table, half, is_neox)
         k = arg(args, QKV.k) + 4 * head_dim * task
-        rope_head(k, table, half)
+        rope_head(k, table, half, is_neox)
         slot = _slot(
             arg(args, QKV.pages),
             arg(args, QKV.pages_cols),

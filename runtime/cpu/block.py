@@ -19,15 +19,18 @@ from ..gguf import Tensor
 # Words of a weight matrix [rows, cols]: address, GGMLType, rows, cols, bytes of a row, and the
 # address of its float32 bias (0: none).
 MATRIX: Any = namedtuple("Matrix", "data type rows cols row_bytes bias")(*range(6))
+# Words of a norm: its kind, and the addresses of float32 weight, bias (0: none) and epsilon.
+NORM: Any = namedtuple("Norm", "kind weight bias eps")(*range(4))
+_KINDS = {"MATRIX": len(MATRIX), "NORM": len(NORM)}
 
 
 def layout(fields: str) -> Any:
-    """Return a named tuple of word offsets; `name:MATRIX` takes as many words as a matrix."""
+    """Return a named tuple of word offsets; `name:MATRIX` takes as many words as a matrix has."""
     offsets, at = {}, 0
     for field in fields.split():
         name, _, kind = field.partition(":")
         offsets[name] = at
-        at += len(MATRIX) if kind == "MATRIX" else 1
+        at += _KINDS[kind] if kind else 1
     offsets["words"] = at
     make: Any = namedtuple
     return make("Layout", offsets)(**offsets)
@@ -38,8 +41,10 @@ def address(array: np.ndarray[Any, Any] | None) -> int:
     return 0 if array is None else int(array.ctypes.data)
 
 
-def matrix(tensor: Tensor, bias: Tensor | None = None) -> list[int]:
-    """Return the words of a weight matrix."""
+def matrix(tensor: Tensor | None, bias: Tensor | None = None) -> list[int]:
+    """Return the words of a weight matrix; of None, zeros."""
+    if tensor is None:
+        return [0] * len(MATRIX)
     return [
         address(tensor.data),
         int(tensor.type),

@@ -24,34 +24,63 @@ from .simd import (
     times_power_of_2,
 )
 
+RMS, LAYER = 0, 1
+NORMS = {"rms": RMS, "layer": LAYER}
+
 
 @inline
-def rms_norm(x, weight, n, eps, out):
-    """out [n] = x / sqrt(mean(x^2) + eps) * weight."""
-    squares = splat(np.float32(0))
+def _mean(x, n):
+    sums = splat(np.float32(0))
     for i in range(0, n - 15, 16):
-        v = load_f32x16(x + 4 * i)
+        sums = add(sums, load_f32x16(x + 4 * i))
+    total = sum16(sums)
+    for i in range(n // 16 * 16, n):
+        total += load_f32(x + 4 * i)
+    return total / np.float32(n)
+
+
+@inline
+def normalise(kind, x, weight, bias, n, eps, out):
+    """out [n] = (x - m) / sqrt(mean((x - m)^2) + eps) * weight + bias.
+
+    m is the mean of x for LAYER, 0 for RMS; `bias` is the address 0 where there is none.
+    """
+    mean = _mean(x, n) if kind == LAYER else np.float32(0)
+    means, squares = splat(mean), splat(np.float32(0))
+    for i in range(0, n - 15, 16):
+        v = sub(load_f32x16(x + 4 * i), means)
         squares = fma(v, v, squares)
     total = sum16(squares)
     for i in range(n // 16 * 16, n):
-        total += load_f32(x + 4 * i) * load_f32(x + 4 * i)
+        total += (load_f32(x + 4 * i) - mean) * (load_f32(x + 4 * i) - mean)
     scale = np.float32(1) / np.float32(math.sqrt(total / np.float32(n) + eps))
     scales = splat(scale)
     for i in range(0, n - 15, 16):
-        y = mul(mul(load_f32x16(x + 4 * i), scales), load_f32x16(weight + 4 * i))
+        y = mul(sub(load_f32x16(x + 4 * i), means), scales)
+        y = mul(y, load_f32x16(weight + 4 * i))
+        if bias != 0:
+            y = add(y, load_f32x16(bias + 4 * i))
         store_f32x16(out + 4 * i, y)
     for i in range(n // 16 * 16, n):
-        store_f32(out + 4 * i, load_f32(x + 4 * i) * scale * load_f32(weight + 4 * i))
+        value = (load_f32(x + 4 * i) - mean) * scale * load_f32(weight + 4 * i)
+        if bias != 0:
+            value += load_f32(bias + 4 * i)
+        store_f32(out + 4 * i, value)
 
 
 @inline
-def rope_head(x, table, half):
-    """Rotate pairs (2i, 2i + 1) of one head in place; table: cos [half], sin [half]."""
+def rope_head(x, table, half, is_neox):
+    """Rotate pairs of one head in place: (2i, 2i + 1), or (i, i + half) for neox.
+
+    table: cos [half], sin [half].
+    """
+    step, apart = (4, 4 * half) if is_neox else (8, 4)
     for i in range(half):
         cos, sin = load_f32(table + 4 * i), load_f32(table + 4 * (half + i))
-        a, b = load_f32(x + 8 * i), load_f32(x + 8 * i + 4)
-        store_f32(x + 8 * i, a * cos - b * sin)
-        store_f32(x + 8 * i + 4, a * sin + b * cos)
+        at = x + step * i
+        a, b = load_f32(at), load_f32(at + apart)
+        store_f32(at, a * cos - b * sin)
+        store_f32(at + apart, a * sin + b * cos)
 
 
 @inline

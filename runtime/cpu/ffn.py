@@ -1,9 +1,10 @@
 """The FFN: only the neurons that matter for a token.
 
-    act = activation(gate h) * (up h),  x += sum over neurons of act * (row of down_t)
+    act = activation(decider h) * (up h),  x += sum over neurons of act * (row of down_t)
 
-Rows of the decider (gate) are read for the predicted neurons, or for all; rows of up and down_t
-only for those that fire. A token's neurons are its own, whatever else is in the batch.
+The decider is the gate, or, in models without one, up (and no factor). Its rows are read for the
+predicted neurons, or for all; rows of up and down_t only for those that fire. A token's neurons
+are its own, whatever else is in the batch.
 
 Results do not depend on the number of threads: the list of fired neurons is cut into LANES pieces
 of equal length, each with its own accumulator, added up in lane order.
@@ -35,43 +36,61 @@ from .simd import (
 LANES = 16
 COLUMNS = 256  # columns in one task of the reduction over lanes
 
-RELU, SILU = 0, 1
-ACTIVATIONS = {"relu": RELU, "silu": SILU}
+RELU, FATRELU, DRELU, RELU2, SILU, GELU = range(6)
+ACTIVATIONS = {
+    "relu": RELU,
+    "fatrelu": FATRELU,
+    "drelu": DRELU,
+    "relu2": RELU2,
+    "silu": SILU,
+    "gelu": GELU,
+}
 
 FFN = layout(
     "counts h packs pack_bytes ones mask has_mask is_dense act rows n_rows fired n_fired "
-    "activation x down_bias lanes totals act_packs act_pack_bytes scratch scratch_bytes "
-    "is_transposed gate:MATRIX up:MATRIX down:MATRIX"
+    "activation threshold x down_bias lanes totals act_packs act_pack_bytes scratch scratch_bytes "
+    "is_transposed decider:MATRIX up:MATRIX down:MATRIX"
 )
 
 
 @inline
-def activate(kind, x):
-    """Apply the activation to one number."""
+def activate(kind, x, threshold):
+    """Apply the activation to the decider of one neuron."""
     if kind == SILU:
         return x / (np.float32(1) + np.float32(math.exp(-x)))
-    return max(x, np.float32(0))
+    if kind == GELU:
+        return np.float32(0.5 * x * (1.0 + math.erf(x * 0.7071067811865476)))
+    if kind == FATRELU:
+        return x if x >= threshold else np.float32(0)
+    x = max(x, np.float32(0))
+    return x * x if kind == RELU2 else x
 
 
 @inline
-def _neuron(gate, up, row, h, packed, kind, is_dense, scratch):
-    """Return act(gate_row . h), and that times (up_row . h).
+def _product(matrix, row, h, packed, scratch):
+    """Return one row of a matrix times h, plus its bias."""
+    w = arg(matrix, MATRIX.data) + row * arg(matrix, MATRIX.row_bytes)
+    value = dot(arg(matrix, MATRIX.type), w, arg(matrix, MATRIX.cols), h, packed, scratch)
+    if arg(matrix, MATRIX.bias) != 0:
+        value += load_f32(arg(matrix, MATRIX.bias) + 4 * row)
+    return value
 
-    The row of up is read only if the first is not 0, or in dense mode.
+
+@inline
+def _neuron(decider, up, row, h, packed, kind, threshold, is_dense, scratch):
+    """Return whether a neuron fires, and its activation.
+
+    The row of up is read only if the decider's activation is not 0, or in dense mode.
     """
-    cols = arg(gate, MATRIX.cols)
-    w = arg(gate, MATRIX.data) + row * arg(gate, MATRIX.row_bytes)
-    g = dot(arg(gate, MATRIX.type), w, cols, h, packed, scratch)
-    if arg(gate, MATRIX.bias) != 0:
-        g += load_f32(arg(gate, MATRIX.bias) + 4 * row)
-    g = activate(kind, g)
-    if g == 0 and is_dense == 0:
-        return g, g
-    w = arg(up, MATRIX.data) + row * arg(up, MATRIX.row_bytes)
-    u = dot(arg(up, MATRIX.type), w, cols, h, packed, scratch)
-    if arg(up, MATRIX.bias) != 0:
-        u += load_f32(arg(up, MATRIX.bias) + 4 * row)
-    return g, g * u
+    g = activate(kind, _product(decider, row, h, packed, scratch), threshold)
+    fires = g != 0
+    if arg(up, MATRIX.data) != 0 and (fires or is_dense != 0):
+        u = _product(up, row, h, packed, scratch)
+        if kind == DRELU:
+            u = max(u, np.float32(0))
+            fires = fires and u != 0
+        g *= u
+    return fires, g
 
 
 @inline
@@ -99,17 +118,18 @@ def _add_to(y, x, first, last):
 def ffn(args, control, epoch, thread):
     """x [n_tok, n_embd] += FFN(h); counts what was read and what fired.
 
-    Phases: 0 list the predicted neurons (one token only), 1 gate and up, 2 list the fired ones,
+    Phases: 0 list the predicted neurons (one token only), 1 decider and up, 2 list the fired ones,
     3 down by lanes (one token) or by tokens, 4 add the lanes up.
     """
     n_tok = np.int64(load_i32(arg(args, FFN.counts)))
-    gate, up, down = args + 8 * FFN.gate, args + 8 * FFN.up, args + 8 * FFN.down
-    n_ff, n_embd = arg(gate, MATRIX.rows), arg(gate, MATRIX.cols)
+    decider, up, down = args + 8 * FFN.decider, args + 8 * FFN.up, args + 8 * FFN.down
+    n_ff, n_embd = arg(decider, MATRIX.rows), arg(decider, MATRIX.cols)
     h, packs, size = arg(args, FFN.h), arg(args, FFN.packs), arg(args, FFN.pack_bytes)
     act, mask, has_mask = arg(args, FFN.act), arg(args, FFN.mask), arg(args, FFN.has_mask)
     rows, fired = arg(args, FFN.rows), arg(args, FFN.fired)
     n_rows_at, n_fired_at = arg(args, FFN.n_rows), arg(args, FFN.n_fired)
     kind, is_dense = arg(args, FFN.activation), arg(args, FFN.is_dense)
+    threshold = load_f32(arg(args, FFN.threshold))
     scratch = arg(args, FFN.scratch) + thread * arg(args, FFN.scratch_bytes)
     x = arg(args, FFN.x)
 
@@ -139,14 +159,15 @@ def ffn(args, control, epoch, thread):
             for i in range(first, last):
                 row = np.int64(load_i32(rows + 4 * i)) if use_list else i
                 for t in range(block, min(block + TOKENS, n_tok)):
-                    value = np.float32(0)
-                    g = value
+                    fires, value = False, np.float32(0)
                     if has_mask == 0 or load_u8(mask + t * n_ff + row) != 0:
                         h_t, packed = h + t * n_embd * 4, packs + t * size
-                        g, value = _neuron(gate, up, row, h_t, packed, kind, is_dense, scratch)
+                        fires, value = _neuron(
+                            decider, up, row, h_t, packed, kind, threshold, is_dense, scratch
+                        )
                     store_f32(act + 4 * (t * n_ff + row), value)
-                    # Whether it fired is the gate's word: act may be 0 because up is.
-                    store_i32(fired + 4 * (t * n_ff + row), np.int32(g != 0))
+                    # Whether it fired is not whether act is 0: up may be 0.
+                    store_i32(fired + 4 * (t * n_ff + row), np.int32(fires))
         finish(control, 1)
     if not wait(control, 1, epoch, n_tasks):
         return

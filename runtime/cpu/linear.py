@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .block import MATRIX, layout
-from .elementwise import rms_norm
+from .block import MATRIX, NORM, layout
+from .elementwise import normalise
 from .jit import arg, inline, job
 from .pool import finish, take, wait
 from .rows import axpy, dot, fill_zero, pack
@@ -56,14 +56,20 @@ def matmul_task(matrix, task, n_tok, x, packs, pack_bytes, y, y_cols, how, scrat
 
 # -- embed ------------------------------------------------------------------------------------
 
-EMBED = layout("counts tokens x embd:MATRIX")
+EMBED = layout("counts tokens positions offset x embd:MATRIX table:MATRIX")
+
+
+@inline
+def _add_row(matrix, row, n, x):
+    data = arg(matrix, MATRIX.data) + row * arg(matrix, MATRIX.row_bytes)
+    axpy(arg(matrix, MATRIX.type), data, n, np.float32(1), x)
 
 
 @job
 def embed(args, control, epoch, thread):
-    """x [n_tok, n_embd] = rows of the embedding."""
+    """x [n_tok, n_embd] = rows of the embedding, plus those of learned positions if there are."""
     n_tok = load_i32(arg(args, EMBED.counts))
-    embd = args + 8 * EMBED.embd
+    embd, table = args + 8 * EMBED.embd, args + 8 * EMBED.table
     n = arg(embd, MATRIX.cols)
     while True:
         t = take(control, 0, epoch, n_tok)
@@ -72,8 +78,10 @@ def embed(args, control, epoch, thread):
         x = arg(args, EMBED.x) + t * n * 4
         row = load_i32(arg(args, EMBED.tokens) + 4 * t)
         fill_zero(x, n)
-        data = arg(embd, MATRIX.data) + row * arg(embd, MATRIX.row_bytes)
-        axpy(arg(embd, MATRIX.type), data, n, np.float32(1), x)
+        _add_row(embd, row, n, x)
+        if arg(table, MATRIX.data) != 0:
+            position = load_i32(arg(args, EMBED.positions) + 4 * t)
+            _add_row(table, position + arg(args, EMBED.offset), n, x)
         finish(control, 0)
     wait(control, 0, epoch, n_tok)
 
@@ -82,34 +90,40 @@ def embed(args, control, epoch, thread):
 
 
 @inline
-def norm_task(x, weight, n, eps, h, packed, ones):
-    """h [n] = rms_norm(x) * weight, and its pack (when n is whole blocks)."""
-    rms_norm(x, weight, n, eps, h)
+def norm_task(norm, x, n, h, packed, ones):
+    """h [n] = norm of x, and its pack (when n is whole blocks); `norm`: words of a NORM."""
+    normalise(
+        arg(norm, NORM.kind),
+        x,
+        arg(norm, NORM.weight),
+        arg(norm, NORM.bias),
+        n,
+        load_f32(arg(norm, NORM.eps)),
+        h,
+    )
     if n % 32 == 0:
         pack(h, n, packed, ones)
 
 
-NORM = layout("counts x norm n_embd eps h packs pack_bytes ones")
+FFN_NORM = layout("counts x norm:NORM n_embd h packs pack_bytes ones")
 
 
 @job
 def ffn_norm(args, control, epoch, thread):
-    """h [n_tok, n_embd] = rms_norm(x), and packed."""
-    n_tok = load_i32(arg(args, NORM.counts))
-    n = arg(args, NORM.n_embd)
-    eps = load_f32(arg(args, NORM.eps))
+    """h [n_tok, n_embd] = norm of x, and packed."""
+    n_tok = load_i32(arg(args, FFN_NORM.counts))
+    n = arg(args, FFN_NORM.n_embd)
     while True:
         t = take(control, 0, epoch, n_tok)
         if t < 0:
             break
         norm_task(
-            arg(args, NORM.x) + t * n * 4,
-            arg(args, NORM.norm),
+            args + 8 * FFN_NORM.norm,
+            arg(args, FFN_NORM.x) + t * n * 4,
             n,
-            eps,
-            arg(args, NORM.h) + t * n * 4,
-            arg(args, NORM.packs) + t * arg(args, NORM.pack_bytes),
-            arg(args, NORM.ones),
+            arg(args, FFN_NORM.h) + t * n * 4,
+            arg(args, FFN_NORM.packs) + t * arg(args, FFN_NORM.pack_bytes),
+            arg(args, FFN_NORM.ones),
         )
         finish(control, 0)
     wait(control, 0, epoch, n_tok)
@@ -232,28 +246,26 @@ def predict(args, control, epoch, thread):
 # -- head -------------------------------------------------------------------------------------
 
 HEAD = layout(
-    "counts outputs x norm n_embd eps h packs pack_bytes ones logits scratch scratch_bytes "
+    "counts outputs x norm:NORM n_embd h packs pack_bytes ones logits scratch scratch_bytes "
     "output:MATRIX"
 )
 
 
 @job
 def head(args, control, epoch, thread):
-    """logits [n_out, n_vocab] = rms_norm(x of the wanted tokens) @ output^T."""
+    """logits [n_out, n_vocab] = norm of x of the wanted tokens @ output^T."""
     n_out = load_i32(arg(args, HEAD.counts) + 4)
     n = arg(args, HEAD.n_embd)
     h, packs, size = arg(args, HEAD.h), arg(args, HEAD.packs), arg(args, HEAD.pack_bytes)
-    eps = load_f32(arg(args, HEAD.eps))
     while True:
         i = take(control, 0, epoch, n_out)
         if i < 0:
             break
         t = load_i32(arg(args, HEAD.outputs) + 4 * i)
         norm_task(
+            args + 8 * HEAD.norm,
             arg(args, HEAD.x) + t * n * 4,
-            arg(args, HEAD.norm),
             n,
-            eps,
             h + i * n * 4,
             packs + i * size,
             arg(args, HEAD.ones),

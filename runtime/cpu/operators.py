@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from ..backend import Plan
+from ..config import POSITION_OFFSET
+from ..gguf import Tensor
 from . import attention, ffn, linear
-from .block import build, matrix
+from .block import address, build, matrix
+from .elementwise import NORMS
 from .jit import Job, load_jobs
 from .pool import Pool, physical_cores
 from .rows import F16, F32, SCRATCH, pack_bytes
@@ -65,7 +68,13 @@ class CPU:
         }
         residual_packs = self._bytes(n_tok * pack_bytes(c.n_embd))
         eps = self._keeping(np.array([c.norm_eps], np.float32))
-        normed = {"x": b.x, "n_embd": c.n_embd, "eps": eps, **packed_embd}
+
+        def norm(weight: Tensor, bias: Tensor | None) -> list[int]:
+            kind = NORMS[c.traits.norm]
+            shift = None if bias is None else bias.data
+            return [kind, address(weight.data), address(shift), address(eps)]
+
+        normed = {"x": b.x, "n_embd": c.n_embd, **packed_embd}
         where = {
             "counts": step.counts,
             "positions": step.positions,
@@ -90,16 +99,24 @@ class CPU:
         }
         lanes = self._floats(ffn.LANES, c.n_embd)
         scale = self._keeping(np.array([1 / np.sqrt(c.head_dim)], np.float32))
+        activation_threshold = self._keeping(np.array([c.activation_threshold], np.float32))
         thresholds = self._keeping(np.array(plan.thresholds, np.float32))
 
         self._embed = build(
-            linear.EMBED, counts=step.counts, tokens=step.tokens, x=b.x, embd=matrix(w.embd)
+            linear.EMBED,
+            counts=step.counts,
+            tokens=step.tokens,
+            positions=step.positions,
+            offset=POSITION_OFFSET,
+            x=b.x,
+            embd=matrix(w.embd),
+            table=matrix(w.positions),
         )
         self._head = build(
             linear.HEAD,
             counts=step.counts,
             outputs=step.outputs,
-            norm=w.output_norm.data,
+            norm=norm(w.output_norm, w.output_norm_bias),
             h=self._floats(n_out, c.n_embd),
             logits=b.logits,
             output=matrix(w.output),
@@ -117,13 +134,14 @@ class CPU:
             self._qkv.append(
                 build(
                     attention.QKV,
-                    norm=layer.attn_norm.data,
+                    norm=norm(layer.attn_norm, layer.attn_norm_bias),
                     h=attention_h,
                     q=b.q,
                     k=k,
                     v=v,
                     rope=plan.rope,
                     rope_half=plan.rope.shape[2],
+                    is_neox=c.traits.rope == "neox",
                     wq=matrix(layer.wq, layer.bq),
                     wk=matrix(layer.wk, layer.bk),
                     wv=matrix(layer.wv, layer.bv),
@@ -160,7 +178,13 @@ class CPU:
                 )
             )
             self._ffn_norm.append(
-                build(linear.NORM, counts=step.counts, norm=layer.ffn_norm.data, h=b.h, **normed)
+                build(
+                    linear.FFN_NORM,
+                    counts=step.counts,
+                    norm=norm(layer.ffn_norm, layer.ffn_norm_bias),
+                    h=b.h,
+                    **normed,
+                )
             )
             if layer.fc1 is not None and layer.fc2 is not None:
                 is_normed = c.predictor_input == "normed"
@@ -195,6 +219,7 @@ class CPU:
                     is_dense=plan.mode == "dense",
                     act=act,
                     activation=ffn.ACTIVATIONS[c.activation],
+                    threshold=activation_threshold,
                     x=b.x,
                     down_bias=0 if layer.down_bias is None else layer.down_bias.data,
                     lanes=lanes,
@@ -202,7 +227,7 @@ class CPU:
                     act_packs=act_packs,
                     act_pack_bytes=pack_bytes(c.n_ff),
                     is_transposed=layer.down_t is not None,
-                    gate=matrix(layer.gate, layer.gate_bias),
+                    decider=matrix(layer.decider, layer.decider_bias),
                     up=matrix(layer.up, layer.up_bias),
                     # Its bias goes to the matmul in the standard layout only.
                     down=matrix(down, layer.down_bias if layer.down_t is None else None),
