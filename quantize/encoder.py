@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 
 from ..runtime.errors import ModelError, RequestError
-from ..runtime.formats import BLOCK_SIZES, QK, F32Array, GGMLType, U8Array, decode, encode
+from ..runtime.formats import (
+    BLOCK_SIZES,
+    COMPUTE_TYPES,
+    QK,
+    F32Array,
+    GGMLType,
+    U8Array,
+    decode,
+    encode,
+)
 from ..runtime.gguf import GGUFFile, Tensor, Value, ValueType
 from ..runtime.gguf_writer import GGUFWriter
 from .policy import FILE_TYPES, Policy
@@ -35,7 +44,10 @@ def convert_rows(source: GGMLType, data: U8Array, type_: GGMLType, name: str) ->
     if source is type_:
         return data
     if type_ not in (GGMLType.Q4_0, GGMLType.Q8_0):
-        return encode(type_, decode(source, data))
+        x = decode(source, data)
+        if type_ not in FLOAT_TYPES and not np.isfinite(x).all():
+            raise ModelError(f"{name} holds NaN or infinity: it cannot be quantised")
+        return encode(type_, x)
     if source not in FLOAT_TYPES:
         source, data = GGMLType.F32, decode(source, data).view(np.uint8)
     from . import kernels  # compiles or loads them: only when quantising
@@ -81,7 +93,7 @@ def quantize_file(
     for tensor, type_ in plan:
         if type_ is tensor.type or tensor.type in FLOAT_TYPES:
             continue
-        if tensor.type not in (GGMLType.Q8_0, GGMLType.Q4_0):
+        if tensor.type not in COMPUTE_TYPES:
             raise RequestError(f"{tensor.name} is {tensor.type.name}, which cannot be re-encoded")
         if not allow_requantize:
             raise RequestError(

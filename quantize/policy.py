@@ -8,15 +8,33 @@ from ..runtime.errors import RequestError
 from ..runtime.formats import BLOCK_SIZES, GGMLType
 
 # What `quantize` and `convert` can write, by the names users type.
-TARGETS = {t.name.lower(): t for t in (
-    GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q4_0
-)}  # fmt: skip
+TARGETS = {
+    t.name.lower(): t
+    for t in (
+        GGMLType.F32,
+        GGMLType.F16,
+        GGMLType.BF16,
+        GGMLType.Q8_0,
+        GGMLType.Q5_1,
+        GGMLType.Q5_0,
+        GGMLType.Q4_1,
+        GGMLType.Q4_0,
+    )
+}
+# Under these, tensors that suffer most keep 8 bits.
+_SMALL = (GGMLType.Q5_1, GGMLType.Q5_0, GGMLType.Q4_1, GGMLType.Q4_0)
 
 # general.file_type of llama.cpp (llama_ftype)
 FILE_TYPES = {
-    GGMLType.F32: 0, GGMLType.F16: 1, GGMLType.Q4_0: 2, GGMLType.Q8_0: 7, GGMLType.BF16: 32
-}  # fmt: skip
-
+    GGMLType.F32: 0,
+    GGMLType.F16: 1,
+    GGMLType.Q4_0: 2,
+    GGMLType.Q4_1: 3,
+    GGMLType.Q8_0: 7,
+    GGMLType.Q5_0: 8,
+    GGMLType.Q5_1: 9,
+    GGMLType.BF16: 32,
+}
 
 _PLAIN = ("_norm.weight", "_norm_2.weight", ".bias", ".ffn_freq", "position_embd.weight")
 
@@ -25,13 +43,13 @@ _PLAIN = ("_norm.weight", "_norm_2.weight", ".bias", ".ffn_freq", "position_embd
 class Policy:
     """A target type and what deviates from it; None means the default of the table below.
 
-    | tensors                                   | type                          |
-    |-------------------------------------------|-------------------------------|
+    | tensors                                   | type                              |
+    |-------------------------------------------|-----------------------------------|
     | norms, biases, rope factors, other 1-D    | f32                           |
     | position_embd                             | f32                           |
     | ffn_freq, ffn_perm and integers           | as they are                   |
-    | output, token_embd                        | q8_0 under q4_0, else target  |
-    | predictors fc1, fc2                       | q8_0 under q4_0, else target  |
+    | output, token_embd                        | q8_0 under q4 and q5, else target  |
+    | predictors fc1, fc2                       | q8_0 under q4 and q5, else target  |
     | all other matrices                        | target                        |
     | rows that are not whole blocks            | f16                           |
     """
@@ -46,7 +64,7 @@ class Policy:
             return type_
         if len(shape) == 1 or name.endswith(_PLAIN):
             return GGMLType.F32
-        careful = GGMLType.Q8_0 if self.target is GGMLType.Q4_0 else self.target
+        careful = GGMLType.Q8_0 if self.target in _SMALL else self.target
         if name in ("output.weight", "token_embd.weight"):
             wanted = self.output_type or careful
         elif name.endswith((".fc1.weight", ".fc2.weight")):

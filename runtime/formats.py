@@ -4,13 +4,22 @@ Source: ggml-common.h / ggml-quants.c of llama.cpp; gguf.quants gives the same b
 A row of n weights is stored as n / block_size blocks of block_bytes each:
 
     F32, F16, BF16   one number a block
-    Q8_0             32 weights: fp16 scale d, 32 int8 q;            w = d * q
-    Q4_0             32 weights: fp16 scale d, 16 bytes of nibbles;  w = d * (q - 8)
+    Q8_0             32 weights: fp16 d, 32 int8 q;                         w = d * q
+    Q4_0             32 weights: fp16 d, 16 bytes of nibbles q;             w = d * (q - 8)
                      byte j holds weight j in its low nibble, weight j + 16 in its high one
+    Q4_1             32 weights: fp16 d, fp16 m, nibbles as above;          w = d * q + m
+    Q5_0, Q5_1       the same with a fifth bit of weight j in bit j of a u32 before the nibbles
+                     w = d * (q - 16) or d * q + m
+    Q4_K             256 weights in 8 groups of 32: fp16 d, fp16 dmin, 12 bytes of 6-bit scales s
+                     and minima m of the groups, 128 bytes of nibbles;      w = d * s * q - dmin * m
+    Q5_K             the same with 32 bytes of fifth bits before the nibbles
+    Q6_K             256 weights in 16 groups of 16: 128 bytes of low nibbles, 64 bytes of upper
+                     bit pairs, 16 int8 scales s, fp16 d;                   w = d * s * (q - 32)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
@@ -113,7 +122,21 @@ NUMPY_DTYPES: dict[GGMLType, np.dtype[np.generic]] = {
 # Types whose dot products round the activations to int8 (DESIGN: activation rounding).
 INTEGER_DOT = frozenset({GGMLType.Q4_0, GGMLType.Q8_0})
 # Types that `reference` and `cpu` compute with.
-COMPUTE_TYPES = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q8_0, GGMLType.Q4_0})
+COMPUTE_TYPES = frozenset(
+    {
+        GGMLType.F32,
+        GGMLType.F16,
+        GGMLType.BF16,
+        GGMLType.Q8_0,
+        GGMLType.Q4_0,
+        GGMLType.Q4_1,
+        GGMLType.Q5_0,
+        GGMLType.Q5_1,
+        GGMLType.Q4_K,
+        GGMLType.Q5_K,
+        GGMLType.Q6_K,
+    }
+)
 
 
 def row_bytes(type_: GGMLType, n: int) -> int:
@@ -137,17 +160,103 @@ def decode(type_: GGMLType, data: U8Array) -> F32Array:
     if type_ is GGMLType.BF16:
         bits = np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << 16
         return bits.view(np.float32)
-    if type_ not in (GGMLType.Q8_0, GGMLType.Q4_0):
+    if type_ not in COMPUTE_TYPES:
         raise ValueError(f"{type_.name} tensors cannot be decoded")
     size = BLOCK_SIZES[type_][1]
     blocks = np.ascontiguousarray(data).reshape(*data.shape[:-1], -1, size)
-    scale = blocks[..., :2].copy().view(np.float16).astype(np.float32)  # [..., n_blocks, 1]
-    if type_ is GGMLType.Q8_0:
-        quants = blocks[..., 2:].view(np.int8).astype(np.float32)
-    else:
-        nibbles = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)
-        quants = nibbles.astype(np.float32) - 8
-    return (scale * quants).reshape(*data.shape[:-1], -1)
+    with np.errstate(invalid="ignore"):  # a scale that overflowed to infinity, times 0
+        return _DECODERS[type_](blocks).reshape(*data.shape[:-1], -1)
+
+
+def _halves(raw: U8Array) -> F32Array:
+    """Read bytes as fp16 numbers: [..., 2 n] -> float32 [..., n]."""
+    return raw.copy().view(np.float16).astype(np.float32)
+
+
+def _nibbles(raw: U8Array) -> U8Array:
+    """All low nibbles, then all high ones: [..., n] -> [..., 2 n]."""
+    return np.concatenate([raw & 15, raw >> 4], axis=-1)
+
+
+def _bits(raw: U8Array) -> U8Array:
+    """Bits of bytes, lowest first: [..., n] -> [..., 8 n]."""
+    return np.unpackbits(raw, axis=-1, bitorder="little")
+
+
+def _decode_q8_0(b: U8Array) -> F32Array:
+    return _halves(b[..., :2]) * b[..., 2:].view(np.int8).astype(np.float32)
+
+
+def _decode_q4_0(b: U8Array) -> F32Array:
+    return _halves(b[..., :2]) * (_nibbles(b[..., 2:]).astype(np.float32) - 8)
+
+
+def _decode_q4_1(b: U8Array) -> F32Array:
+    scale = _halves(b[..., :4])
+    return scale[..., :1] * _nibbles(b[..., 4:]).astype(np.float32) + scale[..., 1:]
+
+
+def _decode_q5_0(b: U8Array) -> F32Array:
+    q = _nibbles(b[..., 6:]) | _bits(b[..., 2:6]) << 4
+    return _halves(b[..., :2]) * (q.astype(np.float32) - 16)
+
+
+def _decode_q5_1(b: U8Array) -> F32Array:
+    scale = _halves(b[..., :4])
+    q = _nibbles(b[..., 8:]) | _bits(b[..., 4:8]) << 4
+    return scale[..., :1] * q.astype(np.float32) + scale[..., 1:]
+
+
+def _k_scales(b: U8Array) -> tuple[F32Array, F32Array]:
+    """Return d * s and dmin * m of the 8 groups of a Q4_K or Q5_K block: [..., 8] each.
+
+    The 12 bytes hold 6-bit numbers: of groups 0 to 3 in the low bits of bytes 0-3 (s) and 4-7 (m),
+    of groups 4 to 7 in the nibbles of bytes 8-11, with their upper two bits atop bytes 0-7.
+    """
+    d = _halves(b[..., :4])
+    s, m, rest = b[..., 4:8], b[..., 8:12], b[..., 12:16]
+    scales = np.concatenate([s & 63, (rest & 15) | (s >> 6) << 4], axis=-1)
+    minima = np.concatenate([m & 63, (rest >> 4) | (m >> 6) << 4], axis=-1)
+    return d[..., :1] * scales.astype(np.float32), d[..., 1:] * minima.astype(np.float32)
+
+
+def _decode_q4_k(b: U8Array, upper: U8Array | None = None) -> F32Array:
+    scales, minima = _k_scales(b)
+    quants = b[..., -128:].reshape(*b.shape[:-1], 4, 32)
+    q = _nibbles(quants).reshape(
+        *b.shape[:-1], 8, 32
+    )  # low nibbles are a group, high ones the next
+    if upper is not None:
+        q = q | upper << 4
+    return scales[..., None] * q.astype(np.float32) - minima[..., None]
+
+
+def _decode_q5_k(b: U8Array) -> F32Array:
+    # Bit g of byte j is the fifth bit of weight j of group g.
+    groups = np.arange(8, dtype=np.uint8)[:, None]
+    return _decode_q4_k(b, b[..., None, 16:48] >> groups & 1)
+
+
+def _decode_q6_k(b: U8Array) -> F32Array:
+    # Two halves of 128 weights: 64 bytes of nibbles, 32 bytes of bit pairs each.
+    low = _nibbles(b[..., :128].reshape(*b.shape[:-1], 2, 64)).reshape(*b.shape[:-1], 2, 4, 32)
+    pairs = b[..., 128:192].reshape(*b.shape[:-1], 2, 1, 32)
+    q = low | (pairs >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3) << 4
+    scales = _halves(b[..., 208:]) * b[..., 192:208].view(np.int8).astype(np.float32)
+    weights = q.reshape(*b.shape[:-1], 16, 16).astype(np.float32) - 32
+    return scales[..., None] * weights
+
+
+_DECODERS: dict[GGMLType, Callable[[U8Array], F32Array]] = {
+    GGMLType.Q8_0: _decode_q8_0,
+    GGMLType.Q4_0: _decode_q4_0,
+    GGMLType.Q4_1: _decode_q4_1,
+    GGMLType.Q5_0: _decode_q5_0,
+    GGMLType.Q5_1: _decode_q5_1,
+    GGMLType.Q4_K: _decode_q4_k,
+    GGMLType.Q5_K: _decode_q5_k,
+    GGMLType.Q6_K: _decode_q6_k,
+}
 
 
 def encode(type_: GGMLType, x: F32Array) -> U8Array:
@@ -164,14 +273,12 @@ def encode(type_: GGMLType, x: F32Array) -> U8Array:
             return x.astype(np.float16).view(np.uint8)
     if type_ is GGMLType.BF16:
         return _encode_bf16(x).view(np.uint8)
-    if type_ not in (GGMLType.Q8_0, GGMLType.Q4_0):
+    if type_ not in _ENCODERS:
         raise ValueError(f"{type_.name} tensors cannot be written")
     row_bytes(type_, x.shape[-1])
     blocks = x.reshape(*x.shape[:-1], -1, QK)
-    encode_blocks = _encode_q8_0 if type_ is GGMLType.Q8_0 else _encode_q4_0
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        scale, quants = encode_blocks(blocks)
-        raw = np.concatenate([scale.astype(np.float16).view(np.uint8), quants], axis=-1)
+        raw = _ENCODERS[type_](blocks)
     return raw.reshape(*x.shape[:-1], -1)
 
 
@@ -189,19 +296,53 @@ def _round_half_away(x: F32Array) -> F32Array:
     return np.sign(x) * (floor + np.floor(2 * (np.abs(x) - floor)))
 
 
-def _encode_q8_0(blocks: F32Array) -> tuple[F32Array, U8Array]:
+def _inverse(scale: F32Array) -> F32Array:
+    return np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+
+
+def _half_bytes(x: F32Array) -> U8Array:
+    return x.astype(np.float16).view(np.uint8)
+
+
+def _pack_nibbles(q: U8Array) -> U8Array:
+    return (q[..., : QK // 2] & 15) | (q[..., QK // 2 :] << 4)
+
+
+def _encode_q8_0(blocks: F32Array) -> U8Array:
     scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
-    inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
-    return scale, _round_half_away(blocks * inverse).astype(np.int8).view(np.uint8)
+    quants = _round_half_away(blocks * _inverse(scale)).astype(np.int8).view(np.uint8)
+    return np.concatenate([_half_bytes(scale), quants], axis=-1)
 
 
-def _encode_q4_0(blocks: F32Array) -> tuple[F32Array, U8Array]:
-    # The value of largest magnitude, with its sign, maps to nibble 0 (= -8).
+def _encode_symmetric(blocks: F32Array, bits: int) -> U8Array:
+    """Q4_0 and Q5_0: the value of largest magnitude, with its sign, maps to q = 0."""
+    middle = 1 << (bits - 1)
     peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)
-    scale = peak / np.float32(-8)
-    inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
-    nibbles = np.trunc(blocks * inverse + np.float32(8.5)).astype(np.uint8).clip(0, 15)
-    return scale, nibbles[..., : QK // 2] | (nibbles[..., QK // 2 :] << 4)
+    scale = peak / np.float32(-middle)
+    shifted = blocks * _inverse(scale) + np.float32(middle + 0.5)
+    q = np.trunc(shifted).astype(np.uint8).clip(0, 2 * middle - 1)
+    upper = [np.packbits(q >> 4, axis=-1, bitorder="little")] if bits == 5 else []
+    return np.concatenate([_half_bytes(scale), *upper, _pack_nibbles(q)], axis=-1)
+
+
+def _encode_offset(blocks: F32Array, bits: int) -> U8Array:
+    """Q4_1 and Q5_1: the smallest value maps to 0, the largest to the top."""
+    low = blocks.min(axis=-1, keepdims=True)
+    top = (1 << bits) - 1
+    scale = (blocks.max(axis=-1, keepdims=True) - low) / np.float32(top)
+    shifted = (blocks - low) * _inverse(scale) + np.float32(0.5)
+    q = np.trunc(shifted).astype(np.uint8).clip(0, top)
+    upper = [np.packbits(q >> 4, axis=-1, bitorder="little")] if bits == 5 else []
+    return np.concatenate([_half_bytes(scale), _half_bytes(low), *upper, _pack_nibbles(q)], axis=-1)
+
+
+_ENCODERS: dict[GGMLType, Callable[[F32Array], U8Array]] = {
+    GGMLType.Q8_0: _encode_q8_0,
+    GGMLType.Q4_0: lambda blocks: _encode_symmetric(blocks, 4),
+    GGMLType.Q5_0: lambda blocks: _encode_symmetric(blocks, 5),
+    GGMLType.Q4_1: lambda blocks: _encode_offset(blocks, 4),
+    GGMLType.Q5_1: lambda blocks: _encode_offset(blocks, 5),
+}
 
 
 def round_activations(x: F32Array) -> F32Array:

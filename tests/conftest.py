@@ -15,10 +15,14 @@ import tiny
 import torchfile
 from powerinfer.convert.converter import plan_conversion, write_conversion
 from powerinfer.quantize.encoder import quantize_file
-from powerinfer.quantize.policy import Policy, parse_type
+from powerinfer.quantize.policy import TARGETS, Policy, parse_type
+from powerinfer.runtime.formats import BLOCK_SIZES, GGMLType, decode, encode
+from powerinfer.runtime.gguf import GGUFFile
+from powerinfer.runtime.gguf_writer import GGUFWriter
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "tools" / "demo"
+WRITABLE = tuple(TARGETS.values())
 GOLDEN = Path(__file__).parent / "golden"
 
 MakeModel = Callable[..., Path]
@@ -110,6 +114,64 @@ def tiny_gguf(
                 dense=name in tiny.DENSE,
             )
         return made[key]
+
+    return make
+
+
+def random_blocks(type_: GGMLType, rows: int, cols: int, rng: np.random.Generator) -> np.ndarray:
+    """Random bytes of a format, with scales that make weights of a common size."""
+    block, size = BLOCK_SIZES[type_]
+    raw = rng.integers(0, 256, (rows, cols // block, size)).astype(np.uint8)
+    at = {GGMLType.Q6_K: [208]}.get(type_, [0, 2])
+    for i in at:
+        scale = (rng.standard_normal((rows, cols // block, 1)) * 0.01).astype(np.float16)
+        raw[..., i : i + 2] = scale.view(np.uint8)
+    return raw.reshape(rows, -1)
+
+
+@pytest.fixture(scope="session")
+def wide_gguf(
+    tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Path
+) -> Callable[[str], Path]:
+    """Type name -> GGUF file of a tiny model with rows of 256, all matrices of that type.
+
+    K-quants cannot be written by us: their matrices are random blocks, scaled to work.
+    """
+    folder = tmp_path_factory.mktemp("wide")
+    checkpoint = tiny.write_checkpoint(tiny.WIDE, folder / "checkpoint")
+    (checkpoint / "tokenizer.model").write_bytes(small_tokenizer.read_bytes())
+    predictors = random_predictors(tiny.WIDE, folder / "predictors", 256)
+    base = convert(checkpoint, folder / "base.gguf", "f32", predictors)
+
+    def make(name: str) -> Path:
+        target, type_ = folder / f"{name}.gguf", GGMLType[name.upper()]
+        if target.exists():
+            return target
+        source, rng = GGUFFile(base), np.random.default_rng(23)
+        with GGUFWriter(target, "llama") as writer:
+            for key, value in source.metadata.items():
+                if key != "general.architecture":
+                    writer.add(key, value)
+            types = {
+                t.name: type_ if len(t.shape) == 2 else t.type for t in source.tensors.values()
+            }
+            for t in source.tensors.values():
+                writer.declare(t.name, types[t.name], t.shape)
+            for t in source.tensors.values():
+                if len(t.shape) == 1:
+                    writer.write(t.name, t.data)
+                elif type_ in WRITABLE:
+                    writer.write(t.name, encode(type_, t.float32()))
+                else:
+                    raw = random_blocks(type_, t.rows, t.cols, rng)
+                    blocks = raw.reshape(-1, BLOCK_SIZES[type_][1])
+                    # Matrices of the size that the model was made with.
+                    wanted = np.abs(t.float32()).mean() / np.abs(decode(type_, raw)).mean()
+                    for at in {GGMLType.Q6_K: [208]}.get(type_, [0, 2]):
+                        scale = blocks[:, at : at + 2].copy().view(np.float16) * np.float16(wanted)
+                        blocks[:, at : at + 2] = scale.view(np.uint8)
+                    writer.write(t.name, blocks)
+        return target
 
     return make
 

@@ -3,12 +3,14 @@
 import gguf
 import numpy as np
 import pytest
+from conftest import random_blocks
 from powerinfer.quantize.encoder import convert_rows
 from powerinfer.runtime import formats
 from powerinfer.runtime.errors import ModelError
 from powerinfer.runtime.formats import GGMLType
 
-BLOCKED = [GGMLType.Q4_0, GGMLType.Q8_0]
+BLOCKED = [GGMLType.Q4_0, GGMLType.Q8_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1]
+K_QUANTS = [GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K]
 
 
 def awkward_rows() -> np.ndarray:
@@ -54,6 +56,13 @@ def test_bytes_equal_gguf(type_, source):
     )
     with np.errstate(invalid="ignore"):
         assert np.array_equal(formats.decode(type_, theirs), decoded, equal_nan=True)
+
+
+@pytest.mark.parametrize("type_", K_QUANTS)
+def test_k_quants_are_decoded_as_by_gguf(type_):
+    raw = random_blocks(type_, 8, 512, np.random.default_rng(1))
+    theirs = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(int(type_)))
+    assert np.array_equal(formats.decode(type_, raw), theirs)
 
 
 @pytest.mark.parametrize("type_", BLOCKED)

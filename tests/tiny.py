@@ -201,6 +201,8 @@ MODELS = {
     "falcon_gelu": Tiny(n_ff=160, n_head_kv=1, activation="gelu", architecture="FalconForCausalLM"),
     "opt": Tiny(n_ff=160, architecture="OPTForCausalLM"),
 }
+# Not compared with transformers: rows of 256, for the formats that need them.
+WIDE = Tiny(n_embd=256, n_ff=512, n_head=4, n_head_kv=2, head_dim=64)
 DENSE = ("swiglu", "falcon_gelu")  # activations that never fall silent
 
 

@@ -135,6 +135,22 @@ ATTEND = layout(
 )
 
 
+@inline
+def _dot_cached(kv_type, w, n, x, scratch):
+    """The dot product of rows.py, for the two types of a cache only."""
+    if kv_type == F16:
+        return dot(F16, w, n, x, x, scratch)
+    return dot(F32, w, n, x, x, scratch)
+
+
+@inline
+def _axpy_cached(kv_type, w, n, a, y):
+    if kv_type == F16:
+        axpy(F16, w, n, a, y)
+    else:
+        axpy(F32, w, n, a, y)
+
+
 @job
 def attend(args, control, epoch, thread):
     """a = softmax(q . K * scale) . V for each token over its sequence up to itself.
@@ -152,7 +168,6 @@ def attend(args, control, epoch, thread):
     scores = scratch + SCRATCH
     group = n_head // n_head_kv
     head_bytes = head_dim * (2 if kv_type == F16 else 4)
-    type_ = F16 if kv_type == F16 else F32
     n_tasks = n_tok * n_head_kv
     while True:
         task = take(control, 0, epoch, n_tasks)
@@ -167,7 +182,7 @@ def attend(args, control, epoch, thread):
             for first in range(0, length, PAGE):
                 k = k_cache + _slot(pages, pages_cols, row, first, head, n_head_kv, head_bytes)
                 for j in range(first, min(first + PAGE, length)):
-                    score = dot(type_, k, head_dim, q, q, scratch) * scale
+                    score = _dot_cached(kv_type, k, head_dim, q, scratch) * scale
                     store_f32(scores + 4 * j, score)
                     k += head_bytes
             total = softmax_numerators(scores, length)
@@ -175,7 +190,7 @@ def attend(args, control, epoch, thread):
             for first in range(0, length, PAGE):
                 v = v_cache + _slot(pages, pages_cols, row, first, head, n_head_kv, head_bytes)
                 for j in range(first, min(first + PAGE, length)):
-                    axpy(type_, v, head_dim, load_f32(scores + 4 * j), a)
+                    _axpy_cached(kv_type, v, head_dim, load_f32(scores + 4 * j), a)
                     v += head_bytes
             share = np.float32(1) / total
             shares = splat(share)

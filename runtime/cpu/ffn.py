@@ -17,7 +17,7 @@ import math
 import numpy as np
 
 from .block import MATRIX, layout
-from .jit import arg, inline, job
+from .jit import arg, inline, job, shared
 from .linear import ADD, ROWS, TOKENS, matmul_task, n_tasks_of
 from .pool import finish, take, wait
 from .rows import SCRATCH, axpy, dot, fill_zero, pack
@@ -66,7 +66,7 @@ def activate(kind, x, threshold):
     return x * x if kind == RELU2 else x
 
 
-@inline
+@shared
 def _product(matrix, row, h, packed, scratch):
     """Return one row of a matrix times h, plus its bias."""
     w = arg(matrix, MATRIX.data) + row * arg(matrix, MATRIX.row_bytes)
@@ -93,7 +93,7 @@ def _neuron(decider, up, row, h, packed, kind, threshold, is_dense, scratch):
     return fires, g
 
 
-@inline
+@shared
 def _lane(down, n_embd, act, fired, n_fired, lane, y):
     """y [n_embd] = the lane's share of the down projection of one token."""
     fill_zero(y, n_embd)

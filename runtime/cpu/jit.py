@@ -25,6 +25,7 @@ from . import isa, simd
 _JOB = types.void(types.intp, types.intp, types.intp, types.intp)
 
 inline = numba.njit(forceinline=True, error_model="numpy")
+shared = numba.njit(error_model="numpy")  # a function of its own: compiled once, called
 _compiling = threading.Lock()
 
 

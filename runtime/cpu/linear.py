@@ -6,7 +6,7 @@ import numpy as np
 
 from .block import MATRIX, NORM, layout
 from .elementwise import normalise
-from .jit import arg, inline, job
+from .jit import arg, inline, job, shared
 from .pool import finish, take, wait
 from .rows import axpy, dot, fill_zero, pack
 from .simd import load_f32, load_i32, store_f32, store_u8
@@ -23,7 +23,7 @@ def n_tasks_of(matrix):
     return (arg(matrix, MATRIX.rows) + ROWS - 1) // ROWS
 
 
-@inline
+@shared
 def matmul_task(matrix, task, n_tok, x, packs, pack_bytes, y, y_cols, how, scratch):
     """y [n_tok, y_cols] = or += x [n_tok, cols] @ matrix [rows, cols]^T + bias, for ROWS rows.
 

@@ -20,10 +20,11 @@ import numpy as np
 
 from ..formats import GGMLType
 from .isa import Q8_BIAS
-from .jit import inline
+from .jit import inline, shared
 from .simd import (
     absolute,
     add,
+    and_i32,
     dot_bytes,
     dot_nibbles,
     fma,
@@ -37,14 +38,18 @@ from .simd import (
     load_f32x16,
     load_i8x16,
     load_i8x64,
+    load_i32,
     load_i32x16,
     load_q4_0_quants,
     load_q8_0_quants,
     load_u8,
+    load_u8x16,
+    low_bits,
     low_nibbles,
     max16,
     maximum,
     mul,
+    or_i32,
     prefetch,
     q4_0_high,
     q4_0_low,
@@ -52,18 +57,23 @@ from .simd import (
     q8_0_scales,
     rint,
     scale_i32,
+    shift_left,
+    shift_right,
     splat,
     store_f32,
     store_f32x16,
     store_i8x16,
     store_i32x16,
     store_u8,
+    sub,
     sum16,
     to_f32,
 )
 
 F32, F16, BF16 = int(GGMLType.F32), int(GGMLType.F16), int(GGMLType.BF16)
 Q8_0, Q4_0 = int(GGMLType.Q8_0), int(GGMLType.Q4_0)
+Q4_1, Q5_0, Q5_1 = int(GGMLType.Q4_1), int(GGMLType.Q5_0), int(GGMLType.Q5_1)
+Q4_K, Q5_K, Q6_K = int(GGMLType.Q4_K), int(GGMLType.Q5_K), int(GGMLType.Q6_K)
 
 PREFETCH = 1024  # bytes ahead
 SCRATCH = 128  # bytes of a thread's scratch that `dot` uses for the end of a row
@@ -180,12 +190,66 @@ def _dot_q8_0(w, n, x, scratch):
 
 @inline
 def load16(type_, w, i):
-    """Load weights i to i + 15 of a float row as float32."""
+    """Return weights i to i + 15 (i a multiple of 16) of the row at w as float32.
+
+    One format is chosen where `type_` is a constant. Layouts: formats.py.
+    """
     if type_ == F16:
         return load_f16x16(w + 2 * i)
     if type_ == BF16:
         return load_bf16x16(w + 2 * i)
-    return load_f32x16(w + 4 * i)
+    if type_ == F32:
+        return load_f32x16(w + 4 * i)
+    if type_ == Q6_K:
+        return _load_q6_k(w + i // 256 * 210, i % 256)
+    if type_ in (Q4_K, Q5_K):
+        return _load_q45_k(type_, w + i // 256 * (144 if type_ == Q4_K else 176), i % 256)
+    # Blocks of 32: the first 16 weights are low nibbles, the others high ones.
+    shift = i % 32 // 4
+    if type_ == Q4_1:
+        block = w + i // 32 * 20
+        q = and_i32(shift_right(load_u8x16(block + 4), shift), 15)
+        return fma(to_f32(q), splat(load_f16(block)), splat(load_f16(block + 2)))
+    block = w + i // 32 * (22 if type_ == Q5_0 else 24)
+    at = block + (2 if type_ == Q5_0 else 4)
+    q = and_i32(shift_right(load_u8x16(at + 4), shift), 15)
+    upper = low_bits(load_i32(at) >> np.int32(i % 32))
+    q = or_i32(q, shift_left(upper, 4))
+    scale = splat(load_f16(block))
+    if type_ == Q5_0:
+        return mul(sub(to_f32(q), splat(np.float32(16))), scale)
+    return fma(to_f32(q), scale, splat(load_f16(block + 2)))
+
+
+@inline
+def _load_q6_k(block, i):
+    half, rest = i // 128, i % 128
+    quarter, j = rest // 32, rest % 32  # which nibble and bit pair; which byte
+    low = load_u8x16(block + 64 * half + j + 32 * (quarter & 1))
+    low = and_i32(shift_right(low, quarter // 2 * 4), 15)
+    pair = shift_right(load_u8x16(block + 128 + 32 * half + j), 2 * quarter)
+    q = or_i32(low, shift_left(and_i32(pair, 3), 4))
+    scale = load_f16(block + 208) * np.float32(np.int8(load_u8(block + 192 + i // 16)))
+    return mul(sub(to_f32(q), splat(np.float32(32))), splat(scale))
+
+
+@inline
+def _load_q45_k(type_, block, i):
+    group, j = i // 32, i % 32
+    scales = block + 4
+    if group < 4:
+        s, m = load_u8(scales + group) & 63, load_u8(scales + group + 4) & 63
+    else:
+        rest = load_u8(scales + group + 4)
+        s = (rest & 15) | (load_u8(scales + group - 4) >> 6) << 4
+        m = (rest >> 4) | (load_u8(scales + group) >> 6) << 4
+    quants = block + (16 if type_ == Q4_K else 48) + group // 2 * 32 + j
+    q = and_i32(shift_right(load_u8x16(quants), group % 2 * 4), 15)
+    if type_ == Q5_K:
+        upper = and_i32(shift_right(load_u8x16(block + 16 + j), group), 1)
+        q = or_i32(q, shift_left(upper, 4))
+    low = -load_f16(block + 2) * np.float32(m)
+    return fma(to_f32(q), splat(load_f16(block) * np.float32(s)), splat(low))
 
 
 @inline
@@ -200,16 +264,32 @@ def _load1(type_, w, i):
 @inline
 def _dot_float(type_, w, n, x):
     """Sum of w * x, two chains of 16; called with a constant type, so that no branch is left."""
-    size = 4 if type_ == F32 else 2
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     for i in range(0, n - 31, 32):
-        prefetch(w + size * i + PREFETCH)
+        if type_ <= F16 or type_ == BF16:  # others find their bytes elsewhere
+            prefetch(w + (4 if type_ == F32 else 2) * i + PREFETCH)
         even = fma(load16(type_, w, i), load_f32x16(x + 4 * i), even)
         odd = fma(load16(type_, w, i + 16), load_f32x16(x + 4 * i + 64), odd)
     total = sum16(add(even, odd))
     for i in range(n // 32 * 32, n):
         total = fma1(_load1(type_, w, i), load_f32(x + 4 * i), total)
     return total
+
+
+@shared
+def _dot_other(type_, w, n, x):
+    """The formats without kernels of their own: weights widened to float32, 16 at a time."""
+    if type_ == Q4_1:
+        return _dot_float(Q4_1, w, n, x)
+    if type_ == Q5_0:
+        return _dot_float(Q5_0, w, n, x)
+    if type_ == Q5_1:
+        return _dot_float(Q5_1, w, n, x)
+    if type_ == Q4_K:
+        return _dot_float(Q4_K, w, n, x)
+    if type_ == Q5_K:
+        return _dot_float(Q5_K, w, n, x)
+    return _dot_float(Q6_K, w, n, x)
 
 
 @inline
@@ -223,7 +303,9 @@ def dot(type_, w, n, x, packed, scratch):
         return _dot_float(F16, w, n, x)
     if type_ == BF16:
         return _dot_float(BF16, w, n, x)
-    return _dot_float(F32, w, n, x)
+    if type_ == F32:
+        return _dot_float(F32, w, n, x)
+    return _dot_other(type_, w, n, x)
 
 
 @inline
@@ -233,6 +315,22 @@ def _axpy_float(type_, w, n, a, y):
         store_f32x16(y + 4 * i, fma(load16(type_, w, i), scale, load_f32x16(y + 4 * i)))
     for i in range(n // 16 * 16, n):
         store_f32(y + 4 * i, fma1(_load1(type_, w, i), a, load_f32(y + 4 * i)))
+
+
+@shared
+def _axpy_other(type_, w, n, a, y):
+    if type_ == Q4_1:
+        _axpy_float(Q4_1, w, n, a, y)
+    elif type_ == Q5_0:
+        _axpy_float(Q5_0, w, n, a, y)
+    elif type_ == Q5_1:
+        _axpy_float(Q5_1, w, n, a, y)
+    elif type_ == Q4_K:
+        _axpy_float(Q4_K, w, n, a, y)
+    elif type_ == Q5_K:
+        _axpy_float(Q5_K, w, n, a, y)
+    else:
+        _axpy_float(Q6_K, w, n, a, y)
 
 
 @inline
@@ -258,8 +356,10 @@ def axpy(type_, w, n, a, y):
         _axpy_float(F16, w, n, a, y)
     elif type_ == BF16:
         _axpy_float(BF16, w, n, a, y)
-    else:
+    elif type_ == F32:
         _axpy_float(F32, w, n, a, y)
+    else:
+        _axpy_other(type_, w, n, a, y)
 
 
 @inline

@@ -160,6 +160,47 @@ def prefetch(b, address):
     call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
 
 
+@op(I32x16, intp)
+def load_u8x16(b, address):
+    """Load 16 unsigned bytes as int32."""
+    return b.zext(load(b, address, ir.VectorType(i8, 16)), I32x16.llvm)
+
+
+# -- integer arithmetic -----------------------------------------------------------------------
+
+
+def _splat_i32(b: Any, x: Any) -> Any:
+    one = b.insert_element(ir.Constant(I32x16.llvm, ir.Undefined), x, ir.Constant(i32, 0))
+    return shuffle(b, one, one, [0] * 16)
+
+
+@op(I32x16, I32x16, int32)
+def and_i32(b, x, mask):
+    return b.and_(x, _splat_i32(b, mask))
+
+
+@op(I32x16, I32x16, I32x16)
+def or_i32(b, x, y):
+    return b.or_(x, y)
+
+
+@op(I32x16, I32x16, int32)
+def shift_right(b, x, n):
+    return b.lshr(x, _splat_i32(b, n))
+
+
+@op(I32x16, I32x16, int32)
+def shift_left(b, x, n):
+    return b.shl(x, _splat_i32(b, n))
+
+
+@op(I32x16, int32)
+def low_bits(b, x):
+    """Return bit j of x in lane j, as 0 or 1."""
+    lanes = ir.Constant(I32x16.llvm, list(range(16)))
+    return b.and_(b.lshr(_splat_i32(b, x), lanes), constant(I32x16.llvm, 1))
+
+
 # -- float arithmetic -------------------------------------------------------------------------
 
 
@@ -260,13 +301,7 @@ def to_f32(b, x):
 @op(I32x16, I32x16, int32)
 def scale_i32(b, x, factor):
     """x * factor."""
-    one = b.insert_element(ir.Constant(I32x16.llvm, ir.Undefined), factor, ir.Constant(i32, 0))
-    return b.mul(x, shuffle(b, one, one, [0] * 16))
-
-
-@op(I32x16, I32x16, I32x16)
-def add_i32(b, x, y):
-    return b.add(x, y)
+    return b.mul(x, _splat_i32(b, factor))
 
 
 @op(I8x64, I8x64)
