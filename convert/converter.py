@@ -190,7 +190,7 @@ def _model_recipes(
             if ("{i}" in template) != (i is not None):
                 continue
             hf_name, name = template.replace("{i}", str(i)), name.replace("{i}", str(i))
-            stored = left.pop(hf_name, None)
+            stored = left.pop(hf_name) if hf_name in left else None
             if hf_name == "lm_head.weight" and h.is_tied:
                 continue  # a copy of the embedding
             if stored is None:

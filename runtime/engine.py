@@ -21,7 +21,7 @@ from .model import forward
 from .reference import Reference
 from .sampling import Sampler, SamplingOptions
 from .step import Buffers, Step, rope_table
-from .tokenizer import StreamDecoder, Tokenizer
+from .tokenizer import StreamDecoder, load_tokenizer
 from .weights import Weights, load_weights
 
 DEFAULT_CONTEXT = 4096
@@ -60,7 +60,7 @@ class Engine:
         self.file = GGUFFile(path)
         self.config = model_config(self.file)
         self.weights = load_weights(self.file, self.config)
-        self.tokenizer = Tokenizer(self.file)
+        self.tokenizer = load_tokenizer(self.file)
         if self.tokenizer.n_vocab != self.config.n_vocab:
             raise ModelError(
                 f"{self.file.path}: {self.tokenizer.n_vocab} tokens in the vocabulary, "
@@ -175,7 +175,7 @@ class Engine:
         """
         self._check(prompt)
         if not prompt:
-            raise RequestError("the prompt is empty and this model has no BOS token to start from")
+            raise RequestError("the prompt is empty: there is nothing to start from")
         sampler = Sampler(SamplingOptions(**sampling), self.config.n_vocab)
         return self._generate(list(prompt), max_tokens, ignore_eos, sampler)
 
@@ -239,7 +239,9 @@ class Engine:
         presence_penalty, frequency_penalty, penalty_last_n, seed, logit_bias. RequestError as
         in generate_tokens.
         """
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = list(prompt) if not isinstance(prompt, str) else self.tokenize(prompt)
+        if prompt == "":
+            ids = [self.tokenizer.bos]  # something to start from, whatever the model wants
         stops = [stop] if isinstance(stop, str) else list(stop)
         tokens = self.generate_tokens(ids, max_tokens, ignore_eos, **sampling)
         at_start = prompt == "" or ids == [self.tokenizer.bos]

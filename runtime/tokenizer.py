@@ -1,7 +1,7 @@
 """Text to token ids and back, from the vocabulary inside a GGUF file.
 
-SentencePiece vocabularies are handed to the sentencepiece library as a model rebuilt from the
-file's keys, so that the results are its own, to the letter.
+Vocabularies are handed to the library that made them (sentencepiece here, tokenizers in bpe.py),
+rebuilt from the file's keys, so that the results are its own, to the letter.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import re
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,79 +25,53 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _MODEL_TYPES = {"llama": 2, "t5": 1}  # GGUF's name -> sentencepiece's TrainerSpec.model_type
 
 
-class Tokenizer:
-    """The tokenizer of a model file.
+class Tokenizer(ABC):
+    """The tokenizer of a model file; `load_tokenizer` chooses the kind."""
 
-    FileFormatError when the vocabulary is missing, damaged or of an unknown kind.
-    """
+    n_vocab: int
+    bos: int
+    eos: int
+    add_bos: bool  # whether texts start with BOS
+    strips_first_space: bool  # whether a text's first token carries a space that is not its own
 
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: GGUFFile, default_add_bos: bool, default_add_space: bool) -> None:
         self._path = file.path
-        model = file.get_str("tokenizer.ggml.model", "")
-        if not model:
-            raise FileFormatError(f"{file.path} has no tokenizer (key 'tokenizer.ggml.model')")
-        if model not in _MODEL_TYPES:
-            raise FileFormatError(
-                f"{file.path} has a {model!r} tokenizer; supported: {', '.join(_MODEL_TYPES)}"
-            )
         pieces = file.get_array("tokenizer.ggml.tokens", [ValueType.STRING])
-        scores = file.get_array("tokenizer.ggml.scores", [ValueType.FLOAT32])
         types = file.get_array("tokenizer.ggml.token_type", [ValueType.INT32, ValueType.UINT32])
-        if pieces is None or scores is None or types is None:
-            raise FileFormatError(f"{file.path} lacks the tokens, scores or types of its tokenizer")
-        if not len(pieces) == len(scores) == len(types):
+        if pieces is None or types is None:
+            raise FileFormatError(f"{file.path} lacks the tokens or types of its tokenizer")
+        if not len(pieces) == len(types) > 0:
             raise FileFormatError(
                 f"{file.path} is damaged: its tokenizer has {len(pieces)} tokens, "
-                f"{len(scores)} scores and {len(types)} types"
+                f"{len(types)} types"
             )
-        if not np.isfinite(scores).all() or types.min() < NORMAL or types.max() > BYTE:
-            raise FileFormatError(f"{file.path} is damaged: bad token scores or types")
-        if np.count_nonzero(types == UNKNOWN) != 1:
-            raise FileFormatError(f"{file.path} is damaged: not exactly one unknown token")
+        if types.min() < NORMAL or types.max() > BYTE:
+            raise FileFormatError(f"{file.path} is damaged: bad token types")
+        self._pieces: list[str] = pieces
+        self._types: list[int] = types.tolist()
         self.n_vocab = len(pieces)
         last = self.n_vocab - 1
         self.bos = file.get_int("tokenizer.ggml.bos_token_id", min(1, last), 0, last)
         self.eos = file.get_int("tokenizer.ggml.eos_token_id", min(2, last), 0, last)
-        self.add_bos = file.get_bool("tokenizer.ggml.add_bos_token", True)
-        self._add_space = file.get_bool("tokenizer.ggml.add_space_prefix", True)
+        self.add_bos = file.get_bool("tokenizer.ggml.add_bos_token", default_add_bos)
+        self.strips_first_space = file.get_bool(
+            "tokenizer.ggml.add_space_prefix", default_add_space
+        )
+        for i, piece in enumerate(pieces):
+            if not piece or len(piece) > MAX_PIECE:
+                raise FileFormatError(f"{file.path} is damaged: token {i} is empty or too long")
         self._bytes = [
             self._piece_bytes(i, piece, type_)
-            for i, (piece, type_) in enumerate(zip(pieces, types.tolist(), strict=True))
+            for i, (piece, type_) in enumerate(zip(pieces, self._types, strict=True))
         ]
-        proto = _model_proto(
-            pieces,
-            scores.tolist(),
-            types.tolist(),
-            model_type=_MODEL_TYPES[model],
-            charsmap=file.get_array(
-                "tokenizer.ggml.precompiled_charsmap", [ValueType.UINT8, ValueType.INT8]
-            ),
-            add_space=self._add_space,
-            squeeze=file.get_bool("tokenizer.ggml.remove_extra_whitespaces", False),
-        )
-        import sentencepiece
 
-        self._sp = sentencepiece.SentencePieceProcessor()
-        try:
-            self._sp.LoadFromSerializedProto(proto)
-        except (RuntimeError, OSError) as error:
-            raise FileFormatError(
-                f"{file.path} has a vocabulary that is no good: {error}"
-            ) from None
-
+    @abstractmethod
     def _piece_bytes(self, i: int, piece: str, type_: int) -> bytes:
-        if not piece or len(piece) > MAX_PIECE:
-            raise FileFormatError(f"{self._path} is damaged: token {i} is empty or too long")
-        if type_ == BYTE:
-            match = _BYTE_PIECE.fullmatch(piece)
-            if match is None:
-                raise FileFormatError(f"{self._path} is damaged: token {i} {piece!r} is no byte")
-            return bytes([int(match[1], 16)])
-        if type_ in (CONTROL, UNUSED):
-            return b""
-        if type_ == UNKNOWN:
-            return UNKNOWN_TEXT.encode()
-        return piece.replace(SPACE, " ").encode()
+        """Return what token i stands for."""
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, without BOS."""
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Return the token ids of `text`, after BOS if the file (or `add_bos`) says so."""
@@ -104,7 +79,7 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise RequestError("the text is not valid Unicode") from None
-        ids: list[int] = self._sp.EncodeAsIds(text)
+        ids = self._encode(text)
         return [self.bos, *ids] if (self.add_bos if add_bos is None else add_bos) else ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -122,10 +97,73 @@ class Tokenizer:
             raise RequestError(f"token {token} is outside the vocabulary of {self.n_vocab}")
         return self._bytes[token]
 
-    @property
-    def strips_first_space(self) -> bool:
-        """Whether a text's first token carries a space that is not part of the text."""
-        return self._add_space
+
+def load_tokenizer(file: GGUFFile) -> Tokenizer:
+    """Return the tokenizer of a model file.
+
+    FileFormatError when the vocabulary is missing, damaged or of an unknown kind; ModelError when
+    its library is not installed.
+    """
+    model = file.get_str("tokenizer.ggml.model", "")
+    if not model:
+        raise FileFormatError(f"{file.path} has no tokenizer (key 'tokenizer.ggml.model')")
+    if model in _MODEL_TYPES:
+        return SentencePieceTokenizer(file, _MODEL_TYPES[model])
+    if model == "gpt2":
+        from .bpe import BPETokenizer
+
+        return BPETokenizer(file)
+    raise FileFormatError(
+        f"{file.path} has a {model!r} tokenizer; supported: {', '.join(_MODEL_TYPES)}, gpt2"
+    )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """SentencePiece BPE or unigram, by the sentencepiece library."""
+
+    def __init__(self, file: GGUFFile, model_type: int) -> None:
+        super().__init__(file, default_add_bos=True, default_add_space=True)
+        scores = file.get_array("tokenizer.ggml.scores", [ValueType.FLOAT32])
+        if scores is None or len(scores) != self.n_vocab or not np.isfinite(scores).all():
+            raise FileFormatError(f"{file.path} is damaged: bad token scores")
+        if self._types.count(UNKNOWN) != 1:
+            raise FileFormatError(f"{file.path} is damaged: not exactly one unknown token")
+        proto = _model_proto(
+            self._pieces,
+            scores.tolist(),
+            self._types,
+            model_type=model_type,
+            charsmap=file.get_array(
+                "tokenizer.ggml.precompiled_charsmap", [ValueType.UINT8, ValueType.INT8]
+            ),
+            add_space=self.strips_first_space,
+            squeeze=file.get_bool("tokenizer.ggml.remove_extra_whitespaces", False),
+        )
+        import sentencepiece
+
+        self._sp = sentencepiece.SentencePieceProcessor()
+        try:
+            self._sp.LoadFromSerializedProto(proto)
+        except (RuntimeError, OSError) as error:
+            raise FileFormatError(
+                f"{file.path} has a vocabulary that is no good: {error}"
+            ) from None
+
+    def _piece_bytes(self, i: int, piece: str, type_: int) -> bytes:
+        if type_ == BYTE:
+            match = _BYTE_PIECE.fullmatch(piece)
+            if match is None:
+                raise FileFormatError(f"{self._path} is damaged: token {i} {piece!r} is no byte")
+            return bytes([int(match[1], 16)])
+        if type_ in (CONTROL, UNUSED):
+            return b""
+        if type_ == UNKNOWN:
+            return UNKNOWN_TEXT.encode()
+        return piece.replace(SPACE, " ").encode()
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._sp.EncodeAsIds(text)
+        return ids
 
 
 class StreamDecoder:

@@ -214,7 +214,7 @@ def test_refused_tokenizers(checkpoint):
     path.write_bytes((DEMO / "tokenizer.model").read_bytes())
     refused(checkpoint, "has 4096 tokens, the embedding only 384")
     path.unlink()
-    refused(checkpoint, "no tokenizer.model", FileNotFoundError)
+    refused(checkpoint, "has no tokenizer", FileNotFoundError)
 
 
 def test_refused_predictors(checkpoint, tmp_path):

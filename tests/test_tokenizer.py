@@ -9,12 +9,12 @@ from conftest import DEMO
 from powerinfer.runtime.errors import FileFormatError, RequestError
 from powerinfer.runtime.gguf import GGUFFile, Value, ValueType
 from powerinfer.runtime.gguf_writer import GGUFWriter
-from powerinfer.runtime.tokenizer import StreamDecoder, Tokenizer
+from powerinfer.runtime.tokenizer import StreamDecoder, load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(demo_gguf):
-    return Tokenizer(GGUFFile(demo_gguf("f16")))
+    return load_tokenizer(GGUFFile(demo_gguf("f16")))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_original_tokenizer_with_a_normaliser(samples, tmp_path):
     theirs = sentencepiece.SentencePieceProcessor(
         model_file=str(samples / "hf" / "tokenizer.model")
     )
-    ours = Tokenizer(GGUFFile(convert(samples / "hf", tmp_path / "x.gguf", "f16")))
+    ours = load_tokenizer(GGUFFile(convert(samples / "hf", tmp_path / "x.gguf", "f16")))
     for text in [*random_texts(300), "ｆｕｌｌ  width", "  a  b  ", "ﬁne"]:
         assert ours.encode(text, add_bos=False) == theirs.encode(text), repr(text)
 
@@ -139,7 +139,7 @@ def vocabulary(path, **changes):
 
 
 def test_good_vocabulary(tmp_path):
-    tokenizer = Tokenizer(vocabulary(tmp_path / "x.gguf"))
+    tokenizer = load_tokenizer(vocabulary(tmp_path / "x.gguf"))
     assert tokenizer.decode([259, 3 + 0x41, 260]) == "aAb"
 
 
@@ -150,10 +150,11 @@ def test_good_vocabulary(tmp_path):
         ({"model": Value(ValueType.STRING, "magic")}, "'magic' tokenizer; supported"),
         ({"model": Value(ValueType.UINT32, 3)}, "is UINT32, not a string"),
         ({"tokens": None}, "lacks the tokens"),
-        ({"scores": [0.0]}, "261 tokens, 1 scores"),
+        ({"token_type": [1]}, "261 tokens, 1 types"),
+        ({"scores": [0.0]}, "bad token scores"),
         ({"scores": [0.0] * 260 + [float("nan")]}, "bad token scores"),
-        (token_type(260, 7), "bad token scores or types"),
-        (token_type(260, -1), "bad token scores or types"),
+        (token_type(260, 7), "bad token types"),
+        (token_type(260, -1), "bad token types"),
         (tokens(9, "<0x-1>"), "'<0x-1>' is no byte"),
         (tokens(9, "<0x041>"), "is no byte"),
         (tokens(259, ""), "token 259 is empty"),
@@ -167,4 +168,4 @@ def test_good_vocabulary(tmp_path):
 def test_damaged_vocabulary(changes, message, tmp_path):
     file = vocabulary(tmp_path / "x.gguf", **changes)
     with pytest.raises(FileFormatError, match=message):
-        Tokenizer(file)
+        load_tokenizer(file)

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def main() -> None:
         convert_rows(GGMLType.F16, raw, type_, "warm-up")
         pairs = [
             (
-                _seconds(lambda t=type_: convert_rows(GGMLType.F16, raw, t, "x")),
-                _seconds(lambda t=theirs_type: gguf.quants.quantize(x.astype(np.float32), t)),
+                _seconds(partial(convert_rows, GGMLType.F16, raw, type_, "x")),
+                _seconds(partial(gguf.quants.quantize, x.astype(np.float32), theirs_type)),
             )
             for _ in range(runs)
         ]
