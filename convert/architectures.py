@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..runtime.errors import ModelError
+from ..runtime.errors import ModelError, shown
 from ..runtime.formats import F32Array
 
 # How a tensor changes on its way into the file. `heads_q` / `heads_k`: rows of each head are
@@ -207,21 +207,35 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
     """
     nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(nested, dict):
-        raise ModelError(f"the checkpoint's rope scaling is {nested!r}")
-    base = float(nested.get("rope_theta", config.get("rope_theta", 10000.0)))
+        raise ModelError(f"the checkpoint's rope scaling is {shown(nested)}")
+
+    def number(key: str, source: Mapping[str, Any] = nested) -> float:
+        value = source.get(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # Whole multiples of a tiny one would be as good; what is outside is a mistake.
+        if not is_number or not 1e-6 < value < 1e30:
+            raise ModelError(f"the checkpoint's {key} is {shown(value)}")
+        return float(value)
+
+    if "rope_theta" in nested:
+        base = number("rope_theta")
+    else:
+        base = number("rope_theta", config) if "rope_theta" in config else 10000.0
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind == "default":
         return Rope(base, None, None)
     if kind == "linear":
-        return Rope(base, float(nested["factor"]), None)
+        return Rope(base, number("factor"), None)
     if kind != "llama3":
         raise ModelError(
             f"the checkpoint uses rope scaling {kind!r}; linear and llama3 are supported"
         )
     # As in transformers' _compute_llama3_parameters: low frequencies are slowed down by `factor`,
     # high ones kept, those between blended.
-    factor, context = float(nested["factor"]), float(nested["original_max_position_embeddings"])
-    low, high = float(nested["low_freq_factor"]), float(nested["high_freq_factor"])
+    factor, context = number("factor"), number("original_max_position_embeddings")
+    low, high = number("low_freq_factor"), number("high_freq_factor")
+    if high <= low:
+        raise ModelError(f"the checkpoint's high_freq_factor is {high}, not above {low}")
     frequencies = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     wavelengths = 2 * math.pi / frequencies
     blend = np.clip((context / wavelengths - low) / (high - low), 0, 1)

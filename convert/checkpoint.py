@@ -8,11 +8,13 @@ tensors are understood (CVE-2025-32434, CVE-2026-24747 show what happens otherwi
 from __future__ import annotations
 
 import json
+import lzma
 import mmap
 import os
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,9 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from ..runtime.errors import FileFormatError
+from ..runtime.errors import FileFormatError, shown
 from ..runtime.formats import F32Array
+from ..runtime.paths import regular
 
 MAX_JSON = 100 << 20  # bytes, as safetensors' own cap on its header
 MAX_PICKLE = 64 << 20
@@ -65,11 +68,11 @@ class Stored:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; FileFormatError if it is anything else."""
+    if regular(path).stat().st_size > MAX_JSON:
+        raise FileFormatError(f"{path} is too large")
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise FileFormatError(f"{path} is too large")
         data = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers without end
         raise FileFormatError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise FileFormatError(f"{path} does not hold a JSON object")
@@ -117,6 +120,7 @@ def _open_shards(folder: Path, index: Path) -> dict[str, Stored]:
 
 def read_tensors(path: Path) -> dict[str, Stored]:
     """Return the tensors of one .safetensors, .bin or .pt file, by name ('' for a bare one)."""
+    regular(path)
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
@@ -183,6 +187,19 @@ class _View:
     strides: tuple[int, ...]
 
 
+# What zipfile raises for damaged archives, compressed parts of them, and names.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    OSError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+)
+
+
 class _Mark:
     pass
 
@@ -200,7 +217,7 @@ def _read_torch(path: Path) -> dict[str, Stored]:
             if members[pickles[0]].file_size > MAX_PICKLE:
                 raise FileFormatError(f"{path} is damaged: its data.pkl is too large")
             program = archive.read(pickles[0])
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except _ZIP_ERRORS as error:
         raise FileFormatError(
             f"{path} is not a PyTorch zip file ({error}); save it again with a PyTorch of 1.6 or "
             "later, or as safetensors"
@@ -243,43 +260,47 @@ def _stored(
     if size > member.file_size or start + size > len(raw):
         raise FileFormatError(f"{path} is damaged: storage {storage.key!r} is too short")
 
-    lowest, highest, count = view.offset, view.offset, 1
+    highest, count = view.offset, 1
     for n, stride in zip(view.shape, view.strides, strict=True):
-        if n < 0 or stride < 0:
-            raise FileFormatError(f"{path} is damaged: a tensor has a negative size")
-        highest += max(n - 1, 0) * stride
+        if n < 1 or stride < 0:
+            raise FileFormatError(f"{path} is damaged: a tensor has a size below 1")
+        highest += (n - 1) * stride
         count *= n
     # The count may not exceed the storage either: strides of 0 would make a tiny file huge.
-    if lowest < 0 or (count and highest >= storage.count) or count > storage.count:
+    if view.offset < 0 or highest >= storage.count or count > storage.count:
         raise FileFormatError(f"{path} is damaged: a tensor does not fit its storage")
+    # A stride that is never taken may be any number.
+    strides = [s if n > 1 else 1 for n, s in zip(view.shape, view.strides, strict=True)]
     flat = _typed(raw[start : start + size], storage.dtype)
     array = np.lib.stride_tricks.as_strided(
         flat.array[view.offset :],
         view.shape,
-        tuple(stride * itemsize for stride in view.strides),
+        tuple(stride * itemsize for stride in strides),
         writeable=False,
     )
     return Stored(array, flat.is_bf16)
 
 
 def _persistent(pid: Any) -> _Storage:
-    kind, type_, key, _device, count = pid
-    if kind != "storage" or not isinstance(type_, _Global) or not isinstance(count, int):
+    kind, type_, key, _device, count = pid if isinstance(pid, tuple) else ()
+    is_storage = isinstance(type_, _Global) and isinstance(key, str | int)
+    if kind != "storage" or not is_storage or not isinstance(count, int):
         raise FileFormatError("it refers to something that is not a storage")
     module, _, name = type_.name.rpartition(".")
     if module != "torch" or name not in _TORCH_STORAGES or count < 0:
-        raise FileFormatError(f"it has a storage of the unknown kind {type_.name!r}")
+        raise FileFormatError(f"it has a storage of the unknown kind {shown(type_.name)}")
     return _Storage(str(key), _TORCH_STORAGES[name], count)
 
 
 def _call(function: Any, args: tuple[Any, ...]) -> Any:
     """Do what one of the few allowed functions would do."""
-    name = function.name if isinstance(function, _Global) else repr(function)
-    if name == "collections.OrderedDict":
-        return dict(*args)
+    name = function.name if isinstance(function, _Global) else "something without a name"
+    if name == "collections.OrderedDict" and args == ():
+        return {}
     if name == "torch._utils._rebuild_tensor_v2":
         storage, offset, shape, strides = args[:4]
-        if not isinstance(storage, _Storage) or len(shape) != len(strides):
+        are_tuples = isinstance(shape, tuple) and isinstance(strides, tuple)
+        if not isinstance(storage, _Storage) or not are_tuples or len(shape) != len(strides):
             raise FileFormatError("it has a tensor without a storage")
         if not all(isinstance(n, int) for n in (offset, *shape, *strides)) or len(shape) > 8:
             raise FileFormatError("it has a tensor of no sensible shape")
@@ -288,7 +309,7 @@ def _call(function: Any, args: tuple[Any, ...]) -> Any:
         if not isinstance(args[0], _View):
             raise FileFormatError("it has a parameter that is no tensor")
         return args[0]
-    raise FileFormatError(f"it wants to call {name!r}, which no plain checkpoint does")
+    raise FileFormatError(f"it wants to call {shown(name)}, which no plain checkpoint does")
 
 
 def _run_pickle(program: bytes) -> Any:
@@ -304,6 +325,12 @@ def _run_pickle(program: bytes) -> Any:
         del stack[at:]
         return items
 
+    def set_items(target: Any, items: list[Any]) -> None:
+        # Nested tuples as keys could be deeper than C's stack, or take for ever to hash.
+        if not isinstance(target, dict) or not all(isinstance(k, str | int) for k in items[::2]):
+            raise FileFormatError("its pickle has a dictionary with keys that are no names")
+        target.update(zip(items[::2], items[1::2], strict=True))
+
     for opcode, arg, _ in pickletools.genops(program):
         match opcode.name:
             case "PROTO" | "FRAME":
@@ -316,6 +343,8 @@ def _run_pickle(program: bytes) -> Any:
                 stack.append(_Global(str(arg).replace(" ", ".")))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
+                if not isinstance(name, str) or not isinstance(module, str):
+                    raise FileFormatError("its pickle names something by what is no name")
                 stack.append(_Global(f"{module}.{name}"))
             case "NONE":
                 stack.append(None)
@@ -353,10 +382,10 @@ def _run_pickle(program: bytes) -> Any:
                 stack[-1].extend(items)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                stack[-1][key] = value
+                set_items(stack[-1], [key, value])
             case "SETITEMS":
                 items = pop_mark()
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
+                set_items(stack[-1], items)
             case "BINPUT" | "LONG_BINPUT":
                 memo[arg] = stack[-1]
             case "MEMOIZE":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from ..quantize.encoder import Progress, add_file_type, encode_rows, row_chunks
 from ..quantize.policy import Policy
 from ..runtime.config import ARCHITECTURES as ARCHITECTURE_TRAITS
 from ..runtime.config import POSITION_OFFSET
-from ..runtime.errors import FileFormatError, ModelError
+from ..runtime.errors import FileFormatError, ModelError, shown
 from ..runtime.formats import F32Array, GGMLType
-from ..runtime.gguf import Value, ValueType
+from ..runtime.gguf import Metadata, Value, ValueType
 from ..runtime.gguf_writer import GGUFWriter
+from ..runtime.tokenizer import load_tokenizer
 from .architectures import (
     ARCHITECTURES,
     Architecture,
@@ -111,11 +113,11 @@ def plan_conversion(
     if predictor_folder is not None and dense:
         raise ModelError("predictors and --dense exclude each other")
     config = read_json(folder / "config.json")
-    names = config.get("architectures") or ["?"]
-    name = str(names[0])
-    architecture = ARCHITECTURES.get(name)
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else "?"
+    architecture = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if architecture is None:
-        raise ModelError(f"{folder} holds a {name}; supported: {', '.join(ARCHITECTURES)}")
+        raise ModelError(f"{folder} holds a {shown(name)}; supported: {', '.join(ARCHITECTURES)}")
     check_variant(name, config)
     has_predictors = predictor_folder is not None
     h = read_hyper(folder, name, architecture, config, dense, activation, has_predictors)
@@ -125,6 +127,8 @@ def plan_conversion(
         recipes.append(Recipe("rope_freqs.weight", Stored(rope.factors), rope.factors.shape))
     keys = _model_keys(folder, architecture.gguf, h, rope)
     keys |= tokenizer_keys(folder, config, h.n_vocab)
+    if keys["tokenizer.ggml.model"].value != "gpt2":  # that one needs an extra, later
+        load_tokenizer(Metadata(folder, keys))  # whoever runs the file would find the same faults
     if predictor_folder is not None:
         predictors, threshold = _predictor_recipes(predictor_folder, h)
         recipes += predictors
@@ -222,10 +226,9 @@ def _predictor_recipes(folder: Path, h: Hyper) -> tuple[list[Recipe], float | No
     threshold = None
     if (folder / "config.json").exists():
         threshold = read_json(folder / "config.json").get("sparse_threshold")
-        if threshold is not None and (
-            not isinstance(threshold, int | float) or not np.isfinite(threshold)
-        ):
-            raise FileFormatError(f"{folder}/config.json: sparse_threshold is {threshold!r}")
+        is_number = isinstance(threshold, int | float) and -1e30 < threshold < 1e30
+        if threshold is not None and not is_number:
+            raise FileFormatError(f"{folder}/config.json: sparse_threshold is {shown(threshold)}")
     recipes = []
     for i in range(h.n_layer):
         path = folder / f"model_{i}.pt"
@@ -260,7 +263,8 @@ def _model_keys(folder: Path, arch: str, h: Hyper, rope: Rope) -> dict[str, Valu
     traits = ARCHITECTURE_TRAITS[arch]
     eps = "layer_norm_rms_epsilon" if traits.norm == "rms" else "layer_norm_epsilon"
     keys = {
-        "general.name": text(folder.resolve().name),
+        # A name that is not Unicode (any bytes are a file name) becomes one.
+        "general.name": text(os.fsencode(folder.resolve().name).decode("utf-8", "replace")),
         f"{arch}.vocab_size": u32(h.n_vocab),
         f"{arch}.context_length": u32(h.n_ctx),
         f"{arch}.embedding_length": u32(h.n_embd),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.config import DENSE_ACTIVATIONS, SPARSE_ACTIVATIONS
-from ..runtime.errors import ModelError
+from ..runtime.errors import ModelError, shown
 from .architectures import FALCON, Architecture
 
 FATRELU_THRESHOLD = 0.01  # ProSparse's, where the config does not say
@@ -55,27 +55,27 @@ def read_hyper(
                 return candidate, config[candidate]
         return (names[0] if names else key), None
 
-    def number(key: str, default: int | None = None) -> int:
+    def number(key: str, default: int | None = None, high: int = 1 << 20) -> int:
         name, value = value_of(key)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
-            raise ModelError(f"{where}: {name} is {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= high:
+            raise ModelError(f"{where}: {name} is {shown(value)}")
         return value
 
-    n_embd, n_head = number("n_embd"), number("n_head")
+    n_embd, n_head = number("n_embd"), number("n_head", high=1 << 14)
     n_head_kv = number("n_head_kv", n_head)
     if architecture is FALCON and not config.get("new_decoder_architecture"):
         # The 7B kind says it in another way, and may carry a number that does not count.
         n_head_kv = 1 if config.get("multi_query", True) else n_head
-    head_dim = number("head_dim", n_embd // n_head)
+    head_dim = number("head_dim", n_embd // n_head, high=1 << 14)
     if n_head % n_head_kv or (architecture.gguf != "opt" and head_dim % 2):
         raise ModelError(f"{where}: the numbers of heads make no sense")
     eps_name, eps = value_of("eps")
     eps = (1e-6 if eps_name == "rms_norm_eps" else 1e-5) if eps is None else eps
     if not isinstance(eps, float) or not 0 < eps < 1:
-        raise ModelError(f"{where}: {eps_name} is {eps!r}")
+        raise ModelError(f"{where}: {eps_name} is {shown(eps)}")
 
-    n_ctx = number("n_ctx", 2048)
+    n_ctx = number("n_ctx", 2048, high=1 << 30)
     window = config.get("sliding_window")
     warnings = []
     if isinstance(window, int) and 0 < window < n_ctx and config.get("use_sliding_window", True):
@@ -94,16 +94,16 @@ def read_hyper(
     if chosen == "fatrelu":
         threshold = config.get("hidden_act_param", FATRELU_THRESHOLD)
         if not isinstance(threshold, float) or not 0 < threshold < float("inf"):
-            raise ModelError(f"{where}: hidden_act_param is {threshold!r}")
+            raise ModelError(f"{where}: hidden_act_param is {shown(threshold)}")
     return Hyper(
         n_embd=n_embd,
-        n_ff=number("n_ff", 4 * n_embd if architecture is FALCON else None),
-        n_layer=number("n_layer"),
+        n_ff=number("n_ff", 4 * n_embd if architecture is FALCON else None, high=1 << 22),
+        n_layer=number("n_layer", high=1 << 14),
         n_head=n_head,
         n_head_kv=n_head_kv,
         head_dim=head_dim,
         n_ctx=n_ctx,
-        n_vocab=number("n_vocab"),
+        n_vocab=number("n_vocab", high=1 << 24),
         eps=eps,
         is_tied=bool(config.get("tie_word_embeddings", architecture.is_tied)),
         activation=chosen,
@@ -135,5 +135,7 @@ def _activation(
     if name == "BambooForCausalLM" and activation == "relu":
         activation = "drelu"
     if activation not in SPARSE_ACTIVATIONS + DENSE_ACTIVATIONS:
-        raise ModelError(f"{folder} uses the activation {activation!r}, which is not supported")
+        raise ModelError(
+            f"{folder} uses the activation {shown(activation)}, which is not supported"
+        )
     return activation, assumed

@@ -10,6 +10,7 @@ import numpy as np
 from ..runtime.bpe import LLAMA3
 from ..runtime.errors import FileFormatError, ModelError
 from ..runtime.gguf import Value, ValueType
+from ..runtime.paths import regular
 from ..runtime.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from .checkpoint import read_json
 
@@ -37,7 +38,7 @@ def _sentencepiece_keys(path: Path, config: dict[str, Any], n_vocab: int) -> dic
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    if path.stat().st_size > MAX_TOKENIZER:
+    if regular(path).stat().st_size > MAX_TOKENIZER:
         raise FileFormatError(f"{path} is too large for a tokenizer")
     try:
         model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
@@ -57,11 +58,13 @@ def _sentencepiece_keys(path: Path, config: dict[str, Any], n_vocab: int) -> dic
             continue  # it repeats a piece of the model
         if token != len(pieces):
             raise FileFormatError(f"{path.parent}/added_tokens.json leaves out token {len(pieces)}")
-        pieces, scores, types = [*pieces, piece], [*scores, 0.0], [*types, USER_DEFINED]
+        pieces.append(piece)
+        types.append(USER_DEFINED)
     if len(pieces) > n_vocab:
         raise ModelError(f"{path} has {len(pieces)} tokens, the embedding only {n_vocab}")
-    for i in range(len(pieces), n_vocab):
-        pieces, scores, types = [*pieces, f"[PAD{i}]"], [*scores, 0.0], [*types, UNUSED]
+    pieces += [f"[PAD{i}]" for i in range(len(pieces), n_vocab)]
+    types += [UNUSED] * (n_vocab - len(types))
+    scores += [0.0] * (n_vocab - len(scores))
 
     settings = _settings(path.parent)
     normalizer = model.normalizer_spec
@@ -183,7 +186,7 @@ def _bpe_keys(folder: Path, config: dict[str, Any], n_vocab: int) -> dict[str, V
 
 
 def _read_text(path: Path) -> str:
-    if path.stat().st_size > MAX_TOKENIZER:
+    if regular(path).stat().st_size > MAX_TOKENIZER:
         raise FileFormatError(f"{path} is too large")
     try:
         return path.read_text("utf-8")

@@ -9,14 +9,22 @@ for piece in llm.generate("In the beginning", max_tokens=64, temperature=0):
 from __future__ import annotations
 
 import os
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from .runtime.engine import Engine
 
-__version__ = version("powerinfer-python")
-__all__ = ["open"]
+__all__ = ["__version__", "open"]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version  # not worth the start-up time of every command
+
+        return version("powerinfer-python")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def open(

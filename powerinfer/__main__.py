@@ -7,12 +7,14 @@ Every error that a user can cause ends here as one sentence on stderr and exit c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
-from . import __version__
 from .runtime.errors import PowerInferError
 
 # Name -> what it does. Each is a module of powerinfer.commands with add_arguments() and run();
@@ -27,11 +29,13 @@ COMMANDS = {
 
 def run_command(name: str, argv: Sequence[str], prog: str) -> int:
     """Run one command and return its exit code."""
-    module = importlib.import_module(f"{__package__}.commands.{name}")
-    parser = argparse.ArgumentParser(prog=prog, description=module.__doc__)
-    module.add_arguments(parser)
-    args = parser.parse_args(argv)
+    _open_standard_streams()
+    _end_on_signals()
     try:
+        module = importlib.import_module(f"{__package__}.commands.{name}")
+        parser = argparse.ArgumentParser(prog=prog, description=module.__doc__)
+        module.add_arguments(parser)
+        args = parser.parse_args(argv)
         return int(module.run(args, parser))
     except PowerInferError as error:
         message = str(error)
@@ -50,6 +54,29 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
     return 130 if message == "interrupted" else 1
 
 
+def _open_standard_streams() -> None:
+    """Give streams that the caller has closed an end of their own: nothing else may get them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    # What cannot be shown in the terminal's encoding is shown escaped.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP unwind the program, so that no half-written file stays behind."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(getattr(signal, name), end)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `powerinfer SUBCOMMAND ...`."""
     commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
@@ -59,10 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=f"GGUF toolchain and runtime for ReLU-sparse language models.\n\n{commands}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"powerinfer-python {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("--version", action="store_true", help="say which version this is")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", nargs="?")
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv[:1])
+    if args.version:
+        from . import __version__
+
+        print(f"powerinfer-python {__version__}")
+        return 0
+    if args.command is None:
+        parser.error("a COMMAND is needed")
     return run_command(args.command, argv[1:], f"powerinfer {args.command}")
 
 

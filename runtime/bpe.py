@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import FileFormatError, ModelError
+from .errors import FileFormatError, ModelError, shown
 from .gguf import GGUFFile, ValueType
 from .tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Tokenizer
 
@@ -40,7 +40,7 @@ class BPETokenizer(Tokenizer):
         pre = file.get_str("tokenizer.ggml.pre", "default")
         if pre not in PRE_TOKENIZERS:
             raise ModelError(
-                f"{file.path} cuts text by {pre!r}; supported: {', '.join(PRE_TOKENIZERS)}"
+                f"{file.path} cuts text by {shown(pre)}; supported: {', '.join(PRE_TOKENIZERS)}"
             )
         pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
         if any(len(pair) != 2 or not all(pair) for pair in pairs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from .errors import ModelError, RequestError
+from .errors import ModelError, RequestError, shown
 from .gguf import GGUFFile, ValueType
 
 Mode = Literal["exact", "predicted", "dense"]
@@ -75,7 +75,7 @@ def model_config(file: GGUFFile) -> ModelConfig:
     arch = file.get_str("general.architecture")
     if arch not in ARCHITECTURES:
         raise ModelError(
-            f"{file.path} has the architecture {arch!r}; supported: {', '.join(ARCHITECTURES)}"
+            f"{file.path} has the architecture {shown(arch)}; supported: {', '.join(ARCHITECTURES)}"
         )
     n_embd = file.get_int(f"{arch}.embedding_length", low=1, high=1 << 20)
     n_head = file.get_int(f"{arch}.attention.head_count", low=1, high=1 << 14)
@@ -88,7 +88,7 @@ def model_config(file: GGUFFile) -> ModelConfig:
 
     scaling = file.get_str(f"{arch}.rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
-        raise ModelError(f"{file.path} uses rope scaling {scaling!r}, which is not supported")
+        raise ModelError(f"{file.path} uses rope scaling {shown(scaling)}, which is not supported")
 
     # Files of the original carry no activation key: they are ReLU models, recognised by the
     # transposed down projection that only such files have.
@@ -96,7 +96,9 @@ def model_config(file: GGUFFile) -> ModelConfig:
     default = traits.activations[0 if is_sparse_file else 1]
     activation = file.get_str("powerinfer.ffn_activation", default)
     if activation not in SPARSE_ACTIVATIONS + DENSE_ACTIVATIONS:
-        raise ModelError(f"{file.path} uses the activation {activation!r}, which is not supported")
+        raise ModelError(
+            f"{file.path} uses the activation {shown(activation)}, which is not supported"
+        )
 
     thresholds = file.get_array("powerinfer.layer_thresholds", [ValueType.FLOAT32])
     if thresholds is not None and len(thresholds) != n_layer:
@@ -104,9 +106,11 @@ def model_config(file: GGUFFile) -> ModelConfig:
     predictor_input = file.get_str("powerinfer.predictor_input", "residual")
     neuron_order = file.get_str("powerinfer.neuron_order", "original")
     if predictor_input not in ("residual", "normed"):
-        raise ModelError(f"{file.path}: unknown powerinfer.predictor_input {predictor_input!r}")
+        raise ModelError(
+            f"{file.path}: unknown powerinfer.predictor_input {shown(predictor_input)}"
+        )
     if neuron_order not in ("original", "hot-first"):
-        raise ModelError(f"{file.path}: unknown powerinfer.neuron_order {neuron_order!r}")
+        raise ModelError(f"{file.path}: unknown neuron_order {shown(neuron_order)}")
 
     config = ModelConfig(
         arch=arch,
@@ -184,13 +188,19 @@ class RunOptions:
             if not ok:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it must be {want}")
 
-        check("threads", self.threads is None or 1 <= self.threads <= MAX_THREADS, "1 to 512")
-        check("context", self.context is None or 1 <= self.context <= MAX_CONTEXT, "1 to 4194304")
+        def whole(value: object, low: int, high: int) -> bool:
+            return isinstance(value, int) and low <= value <= high
+
+        threads, context = self.threads, self.context
+        check("threads", threads is None or whole(threads, 1, MAX_THREADS), "1 to 512")
+        check("context", context is None or whole(context, 1, MAX_CONTEXT), "1 to 4194304")
         modes, backends, types = get_args(Mode), ("auto", "numpy", "cpu"), ("auto", "f32", "f16")
         check("mode", self.mode is None or self.mode in modes, f"one of {', '.join(modes)}")
         check("backend", self.backend in backends, f"one of {', '.join(backends)}")
         check("kv_type", self.kv_type in types, f"one of {', '.join(types)}")
         threshold, budget = self.sparse_threshold, self.vram_budget
-        check("sparse_threshold", threshold is None or threshold == threshold, "a number")
-        check("vram_budget", budget is None or 0 <= budget < float("inf"), "0 GiB or more")
-        check("chunk", self.chunk >= 1, "at least 1")
+        is_number = isinstance(threshold, int | float) and threshold == threshold
+        check("sparse_threshold", threshold is None or is_number, "a number")
+        is_size = isinstance(budget, int | float) and 0 <= budget < float("inf")
+        check("vram_budget", budget is None or is_size, "0 GiB or more")
+        check("chunk", whole(self.chunk, 1, MAX_CONTEXT), "at least 1")

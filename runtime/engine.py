@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -26,6 +28,8 @@ from .weights import Weights, load_weights
 
 DEFAULT_CONTEXT = 4096
 N_OUT = 32  # tokens whose logits are computed at once
+# Tokens, rows of deciders read, neurons that fired: summed over layers and tokens.
+Counts = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 @dataclass
@@ -71,6 +75,9 @@ class Engine:
         self._plan = self._make_plan()
         self._ops = _make_backend(self._plan, self.options, notify)
         self.backend = self._ops.name
+        # Step and buffers serve one forward pass at a time, whoever asks for it.
+        self._lock = threading.Lock()
+        self._is_closed = False
         self.timings = Timings(load_s=time.perf_counter() - started)
         self.finish_reason = ""  # of the last generate(): "eos", "stop", "length", "context"
 
@@ -96,8 +103,10 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop the threads and free the memory of this engine."""
-        self._ops.close()
+        """Stop the threads of this engine; whatever is asked of it then is a RequestError."""
+        with self._lock:
+            self._is_closed = True
+            self._ops.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -117,19 +126,38 @@ class Engine:
 
     # -- running ------------------------------------------------------------------------------
 
-    def _feed(self, sequence: Sequence, ids: SequenceOf[int]) -> None:
-        """Run one chunk of new tokens (at most options.chunk) through the layers."""
-        self._plan.cache.extend(sequence, len(ids))
-        self._plan.step.fill([(sequence, ids)])
-        forward(self._plan, self._ops)
+    def _feed(
+        self, sequence: Sequence, ids: SequenceOf[int], outputs: SequenceOf[int], counts: Counts
+    ) -> F32Array:
+        """Run one chunk of new tokens (at most options.chunk) through the model.
 
-    def _logits(self, outputs: SequenceOf[int]) -> F32Array:
-        """Return the logits [n_out, n_vocab] of tokens of the last chunk: a view, soon reused."""
-        self._plan.step.want(outputs)
-        self._ops.head()
-        return self._plan.buffers.logits[: len(outputs)]
+        Returns the logits [n_out, n_vocab] of the tokens in `outputs`; adds what the FFNs
+        computed to `counts`.
+        """
+        plan = self._plan
+        out = np.empty((len(outputs), self.config.n_vocab), np.float32)
+        with self._lock:
+            if self._is_closed:
+                raise RequestError("the engine is closed")
+            plan.cache.extend(sequence, len(ids))
+            plan.step.fill([(sequence, ids)])
+            plan.buffers.counts[:] = 0
+            forward(plan, self._ops)
+            for i in range(0, len(outputs), N_OUT):
+                part = outputs[i : i + N_OUT]
+                plan.step.want(part)
+                self._ops.head()
+                out[i : i + len(part)] = plan.buffers.logits[: len(part)]
+            counts += plan.buffers.counts.sum(axis=0)
+        return out
 
-    def _check(self, ids: SequenceOf[int]) -> None:
+    def _release(self, sequence: Sequence) -> None:
+        with self._lock:
+            self._plan.cache.release(sequence)
+
+    def _check(self, tokens: SequenceOf[int]) -> list[int]:
+        """Return token ids as plain integers that the model knows, and no more than fit."""
+        ids = [operator.index(token) for token in tokens]
         if len(ids) > self.context:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens, the context {self.context}; "
@@ -140,25 +168,24 @@ class Engine:
                 raise RequestError(
                     f"token {token} is outside the vocabulary of {self.config.n_vocab}"
                 )
+        return ids
 
     def logits(self, ids: SequenceOf[int]) -> F32Array:
         """Return the logits after every token: float32 [len(ids), n_vocab].
 
         RequestError for ids outside the vocabulary or more of them than the context holds.
         """
-        self._check(ids)
+        ids = self._check(ids)
         out = np.empty((len(ids), self.config.n_vocab), np.float32)
-        sequence = Sequence()
-        chunk = len(self._plan.step.tokens)
+        sequence, chunk = Sequence(), len(self._plan.step.tokens)
+        counts = np.zeros(3, np.int64)
         try:
             for start in range(0, len(ids), chunk):
                 part = ids[start : start + chunk]
-                self._feed(sequence, part)
-                for i in range(0, len(part), N_OUT):
-                    wanted = range(i, min(i + N_OUT, len(part)))
-                    out[start + i : start + i + len(wanted)] = self._logits(wanted)
+                wanted = range(len(part))
+                out[start : start + len(part)] = self._feed(sequence, part, wanted, counts)
         finally:
-            self._plan.cache.release(sequence)
+            self._release(sequence)
         return out
 
     def generate_tokens(
@@ -173,34 +200,31 @@ class Engine:
         Ends after `max_tokens` (-1: no limit), at an end token, or when the context is full;
         `finish_reason` says which. RequestError when the prompt is empty or too long.
         """
-        self._check(prompt)
-        if not prompt:
+        ids = self._check(prompt)
+        if not ids:
             raise RequestError("the prompt is empty: there is nothing to start from")
         sampler = Sampler(SamplingOptions(**sampling), self.config.n_vocab)
-        return self._generate(list(prompt), max_tokens, ignore_eos, sampler)
+        return self._generate(ids, max_tokens, ignore_eos, sampler)
 
     def _generate(
         self, history: list[int], max_tokens: int, ignore_eos: bool, sampler: Sampler
     ) -> Iterator[int]:
-        t = self.timings = Timings(load_s=self.timings.load_s)
-        self._plan.buffers.counts[:] = 0
-        self.finish_reason = "length"
+        t = Timings(load_s=self.timings.load_s)
+        counts: Counts = np.zeros(3, np.int64)
+        finish_reason = "length"
         sequence, chunk = Sequence(), len(self._plan.step.tokens)
-        clock = time.perf_counter()
         try:
             for start in range(0, len(history), chunk):
                 part = history[start : start + chunk]
-                self._feed(sequence, part)
+                is_last = start + chunk >= len(history) and max_tokens != 0
+                clock = time.perf_counter()
+                logits = self._feed(sequence, part, [len(part) - 1] if is_last else [], counts)
                 t.prompt_tokens += len(part)
-                t.prompt_s = time.perf_counter() - clock
-            if max_tokens == 0:
-                return
-            logits = self._logits([len(part) - 1])[0]
-            t.prompt_s = time.perf_counter() - clock
-            while True:
-                token = sampler.sample(logits, history)
+                t.prompt_s += time.perf_counter() - clock
+            while max_tokens != 0:
+                token = sampler.sample(logits[0], history)
                 if self.tokenizer.is_end(token) and not ignore_eos:
-                    self.finish_reason = "eos"
+                    finish_reason = "eos"
                     return
                 history.append(token)
                 t.decode_tokens += 1
@@ -208,21 +232,18 @@ class Engine:
                 if t.decode_tokens == max_tokens:
                     return
                 if sequence.length == self.context:
-                    self.finish_reason = "context"
+                    finish_reason = "context"
                     return
                 clock = time.perf_counter()
-                self._feed(sequence, [token])
-                logits = self._logits([0])[0]
+                logits = self._feed(sequence, [token], [0], counts)
                 t.decode_s += time.perf_counter() - clock
         finally:
-            self._plan.cache.release(sequence)
-            self._note_shares(t)
-
-    def _note_shares(self, t: Timings) -> None:
-        tokens, rows, fired = self._plan.buffers.counts.sum(axis=0).tolist()
-        if tokens:
-            t.rows_share = rows / tokens / self.config.n_ff
-            t.fired_share = fired / tokens / self.config.n_ff
+            self._release(sequence)
+            tokens, rows, fired = counts.tolist()
+            if tokens:
+                t.rows_share = rows / tokens / self.config.n_ff
+                t.fired_share = fired / tokens / self.config.n_ff
+            self.timings, self.finish_reason = t, finish_reason
 
     def generate(
         self,
@@ -239,12 +260,14 @@ class Engine:
         presence_penalty, frequency_penalty, penalty_last_n, seed, logit_bias. RequestError as
         in generate_tokens.
         """
-        ids = list(prompt) if not isinstance(prompt, str) else self.tokenize(prompt)
-        if prompt == "":
-            ids = [self.tokenizer.bos]  # something to start from, whatever the model wants
+        if isinstance(prompt, str):
+            # Something to start from, whatever the model wants.
+            ids = self.tokenize(prompt) if prompt else [self.tokenizer.bos]
+        else:
+            ids = list(prompt)
         stops = [stop] if isinstance(stop, str) else list(stop)
         tokens = self.generate_tokens(ids, max_tokens, ignore_eos, **sampling)
-        at_start = prompt == "" or ids == [self.tokenizer.bos]
+        at_start = len(ids) == 1 and ids[0] == self.tokenizer.bos
         return self._stream(
             tokens, StreamDecoder(self.tokenizer, at_start), [s for s in stops if s]
         )
@@ -252,21 +275,30 @@ class Engine:
     def _stream(
         self, tokens: Iterator[int], decoder: StreamDecoder, stops: list[str]
     ) -> Iterator[str]:
+        """Yield text up to the first stop string in it, however the tokens cut it."""
         held = ""  # text that may turn out to be the beginning of a stop string
+
+        def first_stop() -> int | None:
+            return min((i for i in (held.find(s) for s in stops) if i >= 0), default=None)
+
         for token in tokens:
             held += decoder.push(token)
-            found = [i for i in (held.find(s) for s in stops) if i >= 0]
-            if found:
+            # Up to here the text is certain: no stop string begins before, not even one that is
+            # longer than what has come of it.
+            certain = len(held) - max((_overlap(held, s) for s in stops), default=0)
+            found = first_stop()
+            if found is not None and found <= certain:
                 tokens.close()  # type: ignore[attr-defined]  # it is a generator
-                self.finish_reason = "stop"
-                if held[: min(found)]:
-                    yield held[: min(found)]
-                return
-            keep = max((_overlap(held, s) for s in stops), default=0)
-            if len(held) > keep:
-                yield held[: len(held) - keep]
-                held = held[len(held) - keep :]
+                break
+            certain = certain if found is None else min(certain, found)
+            if certain:
+                yield held[:certain]
+                held = held[certain:]
         held += decoder.finish()
+        found = first_stop()
+        if found is not None:
+            self.finish_reason = "stop"
+            held = held[:found]
         if held:
             yield held
 

@@ -30,6 +30,8 @@ F32Array = npt.NDArray[np.float32]
 U8Array = npt.NDArray[np.uint8]
 
 QK = 32  # weights in a block of every format that we compute with
+# Blocks of activations below it count as zero: 127 divided by less might overflow.
+SMALLEST_AMAX = np.float32(2.0**-100)
 
 
 class GGMLType(IntEnum):
@@ -356,6 +358,7 @@ def round_activations(x: F32Array) -> F32Array:
     padded[..., :n] = x
     blocks = padded.reshape(*x.shape[:-1], -1, QK)
     amax = np.abs(blocks).max(axis=-1, keepdims=True)
+    amax = np.where(amax < SMALLEST_AMAX, np.float32(0), amax)
     with np.errstate(divide="ignore"):
         inverse = np.where(amax == 0, np.float32(0), np.float32(127) / amax)
     rounded = np.rint(blocks * inverse) * (amax / np.float32(127))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import stat
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,10 +36,11 @@ from .formats import (
     decode,
     row_bytes,
 )
+from .paths import regular
 
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
-MAX_NAME = 1024  # bytes of a key or tensor name; llama.cpp allows 63 for tensors
+MAX_NAME = 255  # bytes of a key or tensor name; llama.cpp allows 63 for tensors
 
 
 class ValueType(IntEnum):
@@ -130,17 +130,77 @@ class Tensor:
         return self.data.reshape(-1).view(NUMPY_DTYPES[self.type]).reshape(self.shape)
 
 
-class GGUFFile:
+_REQUIRED = object()
+
+
+class Metadata:
+    """Keys of a model file (or of one about to be written), with checked getters.
+
+    FileFormatError names the key that is missing, of another type, or out of range.
+    """
+
+    def __init__(self, path: Path, metadata: dict[str, Value]) -> None:
+        self.path = path
+        self.metadata = metadata
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise FileFormatError(f"{self.path} is damaged: {what}")
+
+    def _get(self, key: str, types: tuple[ValueType, ...], kind: str, default: Any) -> Any:
+        value = self.metadata.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise FileFormatError(f"{self.path} lacks the key {key!r}")
+            return default
+        if value.type not in types:
+            self._refuse(f"key {key!r} is {value.type.name}, not {kind}")
+        return value.value
+
+    def get_int(
+        self, key: str, default: Any = None, low: int = 0, high: int = (1 << 31) - 1
+    ) -> int:
+        """Return an integer in [low, high]; required when no default is given."""
+        default = _REQUIRED if default is None else default
+        value = self._get(key, _INTS, "an integer", default)
+        if not low <= value <= high:
+            self._refuse(f"key {key!r} is {value}, outside {low} to {high}")
+        return int(value)
+
+    def get_float(self, key: str, default: float | None = None) -> float:
+        """Return a finite number; required when no default is given."""
+        value = self._get(key, _FLOATS, "a number", _REQUIRED if default is None else default)
+        if not np.isfinite(value):
+            self._refuse(f"key {key!r} is {value}")
+        return float(value)
+
+    def get_str(self, key: str, default: str | None = None) -> str:
+        """Return a string; required when no default is given."""
+        default_ = _REQUIRED if default is None else default
+        return str(self._get(key, (ValueType.STRING,), "a string", default_))
+
+    def get_bool(self, key: str, default: bool) -> bool:
+        return bool(self._get(key, (ValueType.BOOL,), "a boolean", default))
+
+    def get_array(self, key: str, elements: Iterable[ValueType]) -> Any:
+        """Return an array whose element type is one of `elements`, or None if there is none."""
+        value = self.metadata.get(key)
+        if value is None:
+            return None
+        if value.type is not ValueType.ARRAY or value.element not in tuple(elements):
+            expected = " or ".join(e.name for e in elements)
+            self._refuse(f"key {key!r} is not an array of {expected}")
+        return value.value
+
+
+class GGUFFile(Metadata):
     """An open GGUF or PWRI file: `metadata` (key -> Value) and `tensors` (name -> Tensor).
 
     FileFormatError when anything in it is damaged; OSError when it cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        super().__init__(regular(path), {})
         with open(self.path, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise FileFormatError(f"{self.path} is not a regular file")
             self.size = os.fstat(file.fileno()).st_size
             if self.size < 24:
                 raise FileFormatError(
@@ -154,14 +214,11 @@ class GGUFFile:
 
     # -- parsing ------------------------------------------------------------------------------
 
-    def _fail(self, what: str) -> NoReturn:
-        raise FileFormatError(f"{self.path} is damaged: {what}")
-
     def _need(self, n: int, what: str) -> int:
         """Return the position of the next `n` bytes and step over them."""
         start = self._pos
         if n > self.size - start:
-            self._fail(f"it ends inside {what}")
+            self._refuse(f"it ends inside {what}")
         self._pos = start + n
         return start
 
@@ -174,7 +231,7 @@ class GGUFFile:
     def _name(self, what: str) -> str:
         length = self._u64(what)
         if not 0 < length <= MAX_NAME:
-            self._fail(f"{what} has a length of {length}")
+            self._refuse(f"{what} has a length of {length}")
         return self._text(length, what)
 
     def _text(self, length: int, what: str) -> str:
@@ -182,7 +239,7 @@ class GGUFFile:
         try:
             return self._map[start : start + length].decode("utf-8")
         except UnicodeDecodeError:
-            self._fail(f"{what} is not UTF-8")
+            self._refuse(f"{what} is not UTF-8")
 
     def _parse(self) -> None:
         magic = self._map[:4]
@@ -203,25 +260,24 @@ class GGUFFile:
         n_keys = self._u64("the header")
         # A key takes at least 8 + 1 + 4 + 1 bytes, a tensor 8 + 1 + 4 + 8 + 4 + 8.
         if n_keys * 14 > self.size - self._pos:
-            self._fail(f"{n_keys} keys cannot fit into it")
+            self._refuse(f"{n_keys} keys cannot fit into it")
         if n_tensors * 33 > self.size - self._pos:
-            self._fail(f"{n_tensors} tensors cannot fit into it")
+            self._refuse(f"{n_tensors} tensors cannot fit into it")
 
-        self.metadata: dict[str, Value] = {}
         for i in range(n_keys):
             key = self._name(f"the name of key {i}")
             if key in self.metadata:
-                self._fail(f"key {key!r} is there twice")
+                self._refuse(f"key {key!r} is there twice")
             self.metadata[key] = self._value(key)
 
         self.alignment = self.get_int("general.alignment", DEFAULT_ALIGNMENT, 1, 1 << 20)
         if self.alignment & (self.alignment - 1):
-            self._fail(f"general.alignment is {self.alignment}, not a power of two")
+            self._refuse(f"general.alignment is {self.alignment}, not a power of two")
 
         infos = [self._tensor_info(i) for i in range(n_tensors)]
         names = [info[0] for info in infos]
         if len(set(names)) != len(names):
-            self._fail("two tensors have the same name")
+            self._refuse("two tensors have the same name")
         self.data_offset = -(-self._pos // self.alignment) * self.alignment
         self.tensors: dict[str, Tensor] = {}
         end_of_last = 0
@@ -235,19 +291,19 @@ class GGUFFile:
             return Value(type_, self._scalar(type_, key))
         element = self._value_type(key)
         if element is ValueType.ARRAY:
-            self._fail(f"key {key!r} is an array of arrays")
+            self._refuse(f"key {key!r} is an array of arrays")
         count = self._u64(f"key {key!r}")
         if element is ValueType.STRING:
             if count * 8 > self.size - self._pos:
-                self._fail(f"key {key!r} claims {count} strings")
+                self._refuse(f"key {key!r} claims {count} strings")
             return Value(type_, self._strings(key, count), element)
         dtype = np.dtype("?" if element is ValueType.BOOL else _SCALARS[element])
         if count * dtype.itemsize > self.size - self._pos:
-            self._fail(f"key {key!r} claims {count} elements")
+            self._refuse(f"key {key!r} claims {count} elements")
         start = self._need(count * dtype.itemsize, f"key {key!r}")
         raw = self._bytes[start : start + count * dtype.itemsize]
         if element is ValueType.BOOL and raw.size and raw.max() > 1:
-            self._fail(f"key {key!r} holds a boolean that is neither 0 nor 1")
+            self._refuse(f"key {key!r} holds a boolean that is neither 0 nor 1")
         return Value(type_, raw.view(dtype), element)
 
     def _value_type(self, key: str) -> ValueType:
@@ -255,7 +311,7 @@ class GGUFFile:
         try:
             return ValueType(number)
         except ValueError:
-            self._fail(f"key {key!r} has the unknown type {number}")
+            self._refuse(f"key {key!r} has the unknown type {number}")
 
     def _scalar(self, type_: ValueType, key: str) -> Any:
         what = f"key {key!r}"
@@ -265,7 +321,7 @@ class GGUFFile:
         value = struct.unpack_from(code, self._map, self._need(struct.calcsize(code), what))[0]
         if type_ is ValueType.BOOL:
             if value > 1:
-                self._fail(f"{what} is a boolean that is neither 0 nor 1")
+                self._refuse(f"{what} is a boolean that is neither 0 nor 1")
             return bool(value)
         return value
 
@@ -278,13 +334,13 @@ class GGUFFile:
             for _ in range(count):
                 end = pos + 8 + unpack(data, pos)[0]
                 if end > size:
-                    self._fail(f"it ends inside key {key!r}")
+                    self._refuse(f"it ends inside key {key!r}")
                 out.append(data[pos + 8 : end].decode("utf-8"))
                 pos = end
         except UnicodeDecodeError:
-            self._fail(f"key {key!r} holds a string that is not UTF-8")
+            self._refuse(f"key {key!r} holds a string that is not UTF-8")
         except struct.error:
-            self._fail(f"it ends inside key {key!r}")
+            self._refuse(f"it ends inside key {key!r}")
         self._pos = pos
         return out
 
@@ -292,7 +348,7 @@ class GGUFFile:
         name = self._name(f"the name of tensor {i}")
         n_dims = self._u32(f"tensor {name!r}")
         if not 1 <= n_dims <= MAX_DIMS:
-            self._fail(f"tensor {name!r} has {n_dims} dimensions")
+            self._refuse(f"tensor {name!r} has {n_dims} dimensions")
         dims = [self._u64(f"tensor {name!r}") for _ in range(n_dims)]
         number = self._u32(f"tensor {name!r}")
         if self.magic == "PWRI" and number in LEGACY_PWRI_TYPES:
@@ -301,7 +357,7 @@ class GGUFFile:
             try:
                 type_ = GGMLType(number)
             except ValueError:
-                self._fail(f"tensor {name!r} has the unknown type {number}")
+                self._refuse(f"tensor {name!r} has the unknown type {number}")
         return name, type_, tuple(reversed(dims)), self._u64(f"tensor {name!r}")
 
     def _tensor(
@@ -309,72 +365,22 @@ class GGUFFile:
     ) -> tuple[Tensor, int]:
         """Return the checked tensor and the offset at which its data ends."""
         if 0 in shape:
-            self._fail(f"tensor {name!r} has a dimension of 0")
+            self._refuse(f"tensor {name!r} has a dimension of 0")
         if shape[-1] % BLOCK_SIZES[type_][0]:
-            self._fail(f"tensor {name!r} has rows of {shape[-1]}, not whole {type_.name} blocks")
+            self._refuse(f"tensor {name!r} has rows of {shape[-1]}, not whole {type_.name} blocks")
         if offset % self.alignment:
-            self._fail(f"tensor {name!r} is not aligned to {self.alignment} bytes")
+            self._refuse(f"tensor {name!r} is not aligned to {self.alignment} bytes")
         if offset < end_of_last:
-            self._fail(f"tensor {name!r} overlaps another one")
+            self._refuse(f"tensor {name!r} overlaps another one")
         n_row_bytes = row_bytes(type_, shape[-1])
         n_rows = 1
         for dim in shape[:-1]:
             n_rows *= dim
         start, nbytes = self.data_offset + offset, n_rows * n_row_bytes
         if start + nbytes > self.size:
-            self._fail(
+            self._refuse(
                 f"the data of tensor {name!r} ends at byte {start + nbytes}, "
                 f"the file at byte {self.size}"
             )
         data = self._bytes[start : start + nbytes].reshape(n_rows, n_row_bytes)
         return Tensor(name, type_, shape, data), offset + nbytes
-
-    # -- typed getters ------------------------------------------------------------------------
-
-    def _get(self, key: str, types: tuple[ValueType, ...], kind: str, default: Any) -> Any:
-        value = self.metadata.get(key)
-        if value is None:
-            if default is _REQUIRED:
-                raise FileFormatError(f"{self.path} lacks the key {key!r}")
-            return default
-        if value.type not in types:
-            self._fail(f"key {key!r} is {value.type.name}, not {kind}")
-        return value.value
-
-    def get_int(
-        self, key: str, default: Any = None, low: int = 0, high: int = (1 << 31) - 1
-    ) -> int:
-        """Return an integer in [low, high]; required when no default is given."""
-        default = _REQUIRED if default is None else default
-        value = self._get(key, _INTS, "an integer", default)
-        if not low <= value <= high:
-            self._fail(f"key {key!r} is {value}, outside {low} to {high}")
-        return int(value)
-
-    def get_float(self, key: str, default: float | None = None) -> float:
-        """Return a finite number; required when no default is given."""
-        value = self._get(key, _FLOATS, "a number", _REQUIRED if default is None else default)
-        if not np.isfinite(value):
-            self._fail(f"key {key!r} is {value}")
-        return float(value)
-
-    def get_str(self, key: str, default: str | None = None) -> str:
-        """Return a string; required when no default is given."""
-        default_ = _REQUIRED if default is None else default
-        return str(self._get(key, (ValueType.STRING,), "a string", default_))
-
-    def get_bool(self, key: str, default: bool) -> bool:
-        return bool(self._get(key, (ValueType.BOOL,), "a boolean", default))
-
-    def get_array(self, key: str, elements: Iterable[ValueType]) -> Any:
-        """Return an array whose element type is one of `elements`, or None if there is none."""
-        value = self.metadata.get(key)
-        if value is None:
-            return None
-        if value.type is not ValueType.ARRAY or value.element not in tuple(elements):
-            expected = " or ".join(e.name for e in elements)
-            self._fail(f"key {key!r} is not an array of {expected}")
-        return value.value
-
-
-_REQUIRED = object()

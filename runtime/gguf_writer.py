@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -11,15 +12,22 @@ from typing import Any
 
 import numpy as np
 
+from .errors import ModelError, RequestError
 from .formats import GGMLType, row_bytes
 from .gguf import Value, ValueType
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`, renamed onto it on success, removed otherwise."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Give a temporary path beside `path`, renamed onto it on success, removed otherwise.
+
+    A link's target is replaced, not the link. RequestError if `path` is there and is no file.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise RequestError(f"{path} is not a regular file: choose another output")
+    # Short, so that any name which the file may have leaves room for it.
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -27,6 +35,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
 
 
 class GGUFWriter:
@@ -40,6 +56,11 @@ class GGUFWriter:
         import gguf  # 0.1 s; only commands that write need it
 
         self.path = Path(path)
+        if self.path.is_file() and self.path.stat().st_size:
+            with open(self.path, "rb") as file:
+                if file.read(4) not in (b"GGUF", b"PWRI"):
+                    # A slip of the hand must not cost somebody a checkpoint.
+                    raise RequestError(f"{self.path} is there and is no GGUF file: not overwritten")
         self._gguf: Any = gguf.GGUFWriter(None, arch)
         self._value_type = gguf.GGUFValueType
         self._tensor_type = gguf.GGMLQuantizationType
@@ -72,6 +93,9 @@ class GGUFWriter:
         """Add a key; general.architecture is there already and cannot be added."""
         if value.type is ValueType.ARRAY and len(value.value) == 0:
             return  # gguf cannot write an empty array, and nobody misses one
+        strings = value.value if value.element is ValueType.STRING else [value.value]
+        if not all(_is_unicode(s) for s in strings if isinstance(s, str)):
+            raise ModelError(f"{key} would hold text that is not valid Unicode")
         data = value.value.tolist() if isinstance(value.value, np.ndarray) else value.value
         element = None if value.element is None else self._value_type(int(value.element))
         self._gguf.add_key_value(key, data, self._value_type(int(value.type)), element)

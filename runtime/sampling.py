@@ -40,11 +40,11 @@ class SamplingOptions:
         check("top_k", self.top_k >= 0, "0 (off) or more")
         check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
-        check("repeat_penalty", 0 < self.repeat_penalty < float("inf"), "above 0")
+        check("repeat_penalty", 1e-3 <= self.repeat_penalty <= 1e3, "between 0.001 and 1000")
         check("penalty_last_n", self.penalty_last_n >= -1, "-1 (all) or more")
         check("seed", self.seed is None or 0 <= self.seed < 1 << 64, "0 to 2^64 - 1")
         for name in ("presence_penalty", "frequency_penalty"):
-            check(name, bool(np.isfinite(getattr(self, name))), "a finite number")
+            check(name, bool(abs(getattr(self, name)) <= 1e6), "between -1e6 and 1e6")
         for bias in self.logit_bias.values():
             if np.isnan(bias) or bias == float("inf"):
                 raise RequestError("a logit bias must be a number below infinity")
@@ -72,8 +72,12 @@ class Sampler:
         self._penalise(logits, history)
         for token, bias in o.logit_bias.items():
             logits[token] += bias
+        peak = logits.max()
+        if not np.isfinite(peak):
+            raise RequestError("penalties and logit biases leave no token to choose")
         if o.temperature == 0:
             return int(logits.argmax())
+        logits -= peak  # before any division: a tiny temperature must not overflow
 
         k = min(o.top_k or len(logits), len(logits))
         order = np.argpartition(-logits, k - 1)[:k]
@@ -87,7 +91,8 @@ class Sampler:
         if o.min_p > 0:
             keep = int(np.count_nonzero(p >= o.min_p * p[0]))
             order = order[:keep]
-        p = _softmax(logits[order] / o.temperature)
+        with np.errstate(over="ignore"):
+            p = _softmax(logits[order] / o.temperature)
         drawn = int(np.searchsorted(np.cumsum(p), self._rng.random() * p.sum(), side="right"))
         return int(order[min(drawn, len(order) - 1)])
 
@@ -95,7 +100,7 @@ class Sampler:
         o = self.options
         if (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) == (1, 0, 0):
             return
-        recent = history if o.penalty_last_n < 0 else history[len(history) - o.penalty_last_n :]
+        recent = history if o.penalty_last_n < 0 else history[-o.penalty_last_n :]
         if o.penalty_last_n == 0 or not recent:
             return
         tokens, times = np.unique(np.asarray(recent), return_counts=True)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .errors import FileFormatError, RequestError
+from .errors import FileFormatError, RequestError, shown
 from .gguf import GGUFFile, ValueType
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
@@ -87,6 +87,10 @@ class Tokenizer(ABC):
         stream = StreamDecoder(self, at_start=True)
         return "".join([stream.push(i) for i in ids]) + stream.finish()
 
+    def is_ordinary(self, token: int) -> bool:
+        """Whether `token` spells text, rather than being a byte, unknown or a control token."""
+        return self._types[token] in (NORMAL, USER_DEFINED)
+
     def is_end(self, token: int) -> bool:
         """Whether `token` ends a text."""
         return token == self.eos
@@ -114,7 +118,7 @@ def load_tokenizer(file: GGUFFile) -> Tokenizer:
 
         return BPETokenizer(file)
     raise FileFormatError(
-        f"{file.path} has a {model!r} tokenizer; supported: {', '.join(_MODEL_TYPES)}, gpt2"
+        f"{file.path} has a {shown(model)} tokenizer; supported: {', '.join(_MODEL_TYPES)}, gpt2"
     )
 
 
@@ -153,7 +157,9 @@ class SentencePieceTokenizer(Tokenizer):
         if type_ == BYTE:
             match = _BYTE_PIECE.fullmatch(piece)
             if match is None:
-                raise FileFormatError(f"{self._path} is damaged: token {i} {piece!r} is no byte")
+                raise FileFormatError(
+                    f"{self._path} is damaged: token {i} {shown(piece)} is no byte"
+                )
             return bytes([int(match[1], 16)])
         if type_ in (CONTROL, UNUSED):
             return b""
@@ -183,7 +189,8 @@ class StreamDecoder:
         data = self._tokenizer.token_bytes(token)
         if self._strip and data:
             self._strip = False
-            data = data.removeprefix(b" ")
+            if self._tokenizer.is_ordinary(token):
+                data = data.removeprefix(b" ")
         return self._utf8.decode(data)
 
     def finish(self) -> str:

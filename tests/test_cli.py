@@ -328,7 +328,9 @@ def test_no_memory(capfd, demo_gguf, monkeypatch):
 
 
 def test_front_door(capfd):
-    for argv, code in (([], 2), (["nonsense"], 2), (["--help"], 0), (["--version"], 0)):
+    assert main(["--version"]) == 0
+    assert capfd.readouterr().out.startswith("powerinfer-python ")
+    for argv, code in (([], 2), (["nonsense"], 2), (["--help"], 0)):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == code

@@ -162,8 +162,8 @@ def test_vocabulary(checkpoint, tmp_path):
 
 def test_refused_configs(checkpoint):
     cases = [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; supported: LlamaForCausalLM"),
-        ({"architectures": []}, r"holds a \?"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel'; supported: LlamaForCausalLM"),
+        ({"architectures": []}, r"holds a '\?'"),
         ({"hidden_act": "tanh"}, "'tanh', which is not supported"),
         ({"hidden_act": "gelu"}, "'gelu'.*never fall silent.*--dense"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),

@@ -224,7 +224,7 @@ def test_pwri_reads_old_type_numbers(tmp_path):
 
 
 def test_directory_and_missing_file(tmp_path):
-    with pytest.raises(OSError):
+    with pytest.raises(FileFormatError, match="not a regular file"):
         GGUFFile(tmp_path)
     with pytest.raises(FileNotFoundError):
         GGUFFile(tmp_path / "nothing.gguf")

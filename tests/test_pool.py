@@ -1,8 +1,10 @@
 """The thread pool: every task once, whatever the threads do; sleep, wake, fork, exit."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -11,6 +13,7 @@ from powerinfer.runtime.cpu.block import build, layout
 from powerinfer.runtime.cpu.jit import arg, job
 from powerinfer.runtime.cpu.pool import Pool, finish, physical_cores, take, wait
 from powerinfer.runtime.cpu.simd import atomic_add, load_i64
+from powerinfer.runtime.errors import RequestError
 
 COUNT = layout("n hits total")
 
@@ -77,13 +80,51 @@ def test_workers_sleep_and_wake():
     pool.close()
 
 
-def test_close_ends_the_threads_and_the_caller_can_go_on_alone():
+def test_a_closed_pool_refuses():
     pool, counter = Pool(3), Counter()
     counter.run(pool, 10)
     pool.close()
     pool.close()
-    counter.run(pool, 10)
-    assert counter.hits[:10].tolist() == [2] * 10
+    with pytest.raises(RequestError, match="closed"):
+        counter.run(pool, 10)
+    assert counter.hits[:10].tolist() == [1] * 10
+
+
+def test_closing_waits_for_the_job_that_runs():
+    """Threads that call run() and close() at once: no job is cut short, no worker stays."""
+    for _ in range(20):
+        pool, counter = Pool(3), Counter()
+        runs = []
+
+        def work(pool=pool, counter=counter, runs=runs):
+            with contextlib.suppress(RequestError):
+                while True:
+                    counter.run(pool, 256)
+                    runs.append(1)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        time.sleep(0.002)
+        pool.close()
+        thread.join(10)
+        assert not thread.is_alive()
+        assert counter.hits.tolist() == [len(runs)] * 256
+    assert not [t for t in threading.enumerate() if t.name.startswith("powerinfer-")]
+
+
+def test_threads_that_cannot_be_started(monkeypatch):
+    started = []
+
+    def start(thread, original=threading.Thread.start):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        original(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RequestError, match="does not allow 8 threads"):
+        Pool(8)
+    assert not any(thread.is_alive() for thread in started)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.errors import shown
+from ..runtime.formats import GGMLType
 from ..runtime.gguf import GGUFFile, Tensor, Value, ValueType
 
 SHOWN = 4  # elements of an array that are shown
@@ -28,16 +30,19 @@ def describe(file: GGUFFile) -> dict[str, Any]:
 
 def _describe_value(value: Value) -> dict[str, Any]:
     if value.type is not ValueType.ARRAY:
-        number = value.value
-        if isinstance(number, float) and not np.isfinite(number):
-            number = str(number)  # JSON has no NaN
-        return {"type": value.type.name, "value": number}
+        return {"type": value.type.name, "value": _json(value.value)}
     assert value.element is not None
     first = value.value[:SHOWN]
+    first = first if isinstance(first, list) else first.tolist()
     return {
         "type": f"{value.element.name}[{len(value.value)}]",
-        "first": first if isinstance(first, list) else first.tolist(),
+        "first": [_json(x) for x in first],
     }
+
+
+def _json(value: Any) -> Any:
+    """Return a value that JSON can hold: it has no NaN and no infinity."""
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _describe_tensor(tensor: Tensor) -> dict[str, Any]:
@@ -66,14 +71,16 @@ def _sparsity(file: GGUFFile) -> dict[str, Any]:
         n: t for n, t in file.tensors.items() if n.endswith((".fc1.weight", ".fc2.weight"))
     }
     ranks = [t.shape[0] for n, t in predictors.items() if n.endswith(".fc1.weight")]
-    frequencies = [t for n, t in file.tensors.items() if n.endswith(".ffn_freq")]
+    frequencies = [
+        t for n, t in file.tensors.items() if n.endswith(".ffn_freq") and t.type is GGMLType.F32
+    ]
     return {
         "transposed_down": any(n.endswith("ffn_down_t.weight") for n in file.tensors),
         "neuron_order": file.get_str("powerinfer.neuron_order", "original"),
         "predictor_layers": len(ranks),
         "predictor_ranks": sorted(set(ranks)),
         "predictor_bytes": sum(t.nbytes for t in predictors.values()),
-        "firing_share": [float(t.float32().mean()) for t in frequencies],
+        "firing_share": [_json(float(t.float32().mean())) for t in frequencies],
     }
 
 
@@ -86,12 +93,13 @@ def render(description: dict[str, Any]) -> str:
         "keys",
     ]
     for key, value in d["keys"].items():
-        shown = value.get("value", value.get("first"))
-        lines.append(f"  {key:<44} {value['type']:<14} {str(shown)[:80]!s}")
+        content = value.get("value", value.get("first"))
+        lines.append(f"  {shown(key)[1:-1]:<44} {value['type']:<14} {shown(content)}")
     lines += ["", "tensors"]
     for t in d["tensors"]:
         shape = " x ".join(str(n) for n in t["shape"])
-        lines.append(f"  {t['name']:<32} {t['type']:<6} {shape:<16} {t['bytes'] / 2**20:10.2f} MiB")
+        name, size = shown(t["name"])[1:-1], t["bytes"] / 2**20
+        lines.append(f"  {name:<32} {t['type']:<6} {shape:<16} {size:10.2f} MiB")
     lines += ["", "types"]
     for name, total in d["types"].items():
         lines.append(
@@ -110,6 +118,6 @@ def render(description: dict[str, Any]) -> str:
     else:
         lines.append("  predictors:      none")
     if s["firing_share"]:
-        shares = " ".join(f"{x:.3f}" for x in s["firing_share"])
+        shares = " ".join(f"{float(x):.3f}" for x in s["firing_share"])
         lines.append(f"  firing share:    {shares}")
     return "\n".join(lines)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import codecs
+import io
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..runtime.config import RunOptions
 from ..runtime.engine import Engine
-from ..runtime.errors import RequestError
+from ..runtime.errors import RequestError, shown
+from ..runtime.paths import regular
 from ..runtime.sampling import SamplingOptions
 
 
@@ -86,14 +88,14 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     with Engine(model, options, notify=_say) as engine:
         c = engine.config
         _say(
-            f"{c.name}: {c.arch}, {c.n_layer} layers, n_embd {c.n_embd}, n_ff {c.n_ff}; "
-            f"context {engine.context}, {engine.mode} mode, {engine.backend} backend"
+            f"{shown(c.name)[1:-1]}: {c.arch}, {c.n_layer} layers, n_embd {c.n_embd}, "
+            f"n_ff {c.n_ff}; context {engine.context}, {engine.mode} mode, {engine.backend} backend"
         )
         return _stream(args, engine, prompt, sampling)
 
 
 def _stream(args: argparse.Namespace, engine: Engine, prompt: str, sampling: dict[str, Any]) -> int:
-    if isinstance(sys.stdout, codecs.StreamReaderWriter) or hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         # The text as it is, whatever the locale: UTF-8, no translation of line ends.
         sys.stdout.reconfigure(encoding="utf-8", newline="")
     pieces = engine.generate(
@@ -139,6 +141,13 @@ def _timing_block(engine: Engine) -> str:
     )
 
 
+def _unescape(match: re.Match[str]) -> str:
+    """Return what an escape of llama.cpp's -e stands for; unknown ones are left alone."""
+    if match[1][0] == "x":
+        return chr(int(match[1][1:], 16))
+    return dict(zip("nrtabfv0'\"\\", "\n\r\t\a\b\f\v\0'\"\\", strict=True))[match[1]]
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -147,17 +156,13 @@ def _prompt(args: argparse.Namespace) -> str:
     if args.file is not None:
         try:
             # As llama.cpp: the newline that editors put at the end is not part of the prompt.
-            prompt = args.file.read_bytes().decode("utf-8").removesuffix("\n")
+            prompt = regular(args.file).read_bytes().decode("utf-8").removesuffix("\n")
         except UnicodeDecodeError:
             raise RequestError(f"{args.file} is not UTF-8 text") from None
     else:
         prompt = args.prompt or ""
     if args.escape:
-        try:
-            # Only what is ASCII is an escape; other characters pass through untouched.
-            prompt = codecs.decode(prompt.encode("ascii", "backslashreplace"), "unicode_escape")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"the prompt has a broken escape: {error.reason}") from None
+        prompt = re.sub(r"\\(x[0-9a-fA-F]{2}|[nrtabfv0'\"\\])", _unescape, prompt)
     return str(prompt)
 
 
@@ -176,10 +181,10 @@ def _options(args: argparse.Namespace) -> RunOptions:
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     bias: dict[int, float] = {}
     for text in args.logit_bias:
-        sign = max(text.rfind("+"), text.rfind("-"))
+        match = re.fullmatch(r"(\d{1,9})([+-].+)", text)
         try:
-            bias[int(text[:sign])] = float(text[sign:])
-        except ValueError:
+            bias[int(match[1])] = float(match[2])  # type: ignore[index]
+        except (TypeError, ValueError):
             raise RequestError(f"--logit-bias {text!r} is not like 42+1.5 or 42-inf") from None
     return {
         "temperature": args.temp,

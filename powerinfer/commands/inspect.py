@@ -17,5 +17,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     description = describe(GGUFFile(args.file))
-    print(json.dumps(description, indent=2) if args.json else render(description))
+    print(json.dumps(description, indent=2, allow_nan=False) if args.json else render(description))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     at = is_type.index(True)
     threads = None
     if len(rest) > at + 1:
-        if len(rest) > at + 2 or not rest[at + 1].isdecimal() or int(rest[at + 1]) < 1:
+        if len(rest) > at + 2 or not re.fullmatch("0*[1-9][0-9]{0,2}", rest[at + 1]):
             parser.error(f"the number of threads is {' '.join(rest[at + 1 :])!r}")
         threads = int(rest[at + 1])
     for option in (args.output_type, args.predictor_type):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import llvmlite
 import numba
 from numba import types
 
+from ..errors import RequestError
 from ..paths import cache_dir
 from . import isa, simd
 
@@ -48,7 +50,9 @@ def compile_cached(
         numba.config.CACHE_DIR = str(kernel_cache())
         try:
             return decorator(signature, cache=True, error_model="numpy", **options)(function)
-        except (OSError, RuntimeError):  # read-only home, full disk: "no locator available"
+        except Exception:
+            # Read-only or full disk; or damaged cache files, which are swept away for next time.
+            shutil.rmtree(kernel_cache(), ignore_errors=True)
             return decorator(signature, error_model="numpy", **options)(function)
         finally:
             numba.config.CACHE_DIR = before
@@ -80,6 +84,8 @@ def job(function: Callable[..., Any]) -> Job:
 
 def load_jobs(jobs: Sequence[Job], notify: Callable[[str], Any]) -> None:
     """Make all jobs ready to run; `notify` is told if that means compiling, half a minute once."""
+    if numba.config.DISABLE_JIT:
+        raise RequestError("NUMBA_DISABLE_JIT is set: use --backend numpy, or unset it")
     # numba writes one index file for each function in its cache.
     if len(list(kernel_cache().glob("*/*.nbi"))) < len(jobs):
         notify("compiling kernels, once")

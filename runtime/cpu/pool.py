@@ -21,6 +21,7 @@ import weakref
 
 import numpy as np
 
+from ..errors import RequestError
 from .jit import Job, inline, nogil
 from .simd import (
     atomic_add,
@@ -196,13 +197,21 @@ class Pool:
             )
             for i in range(1, self.n_threads)
         ]
-        for thread in threads:
-            thread.start()
-        self._stopper = weakref.finalize(self, _stop, self._shared, threads)
+        started: list[threading.Thread] = []
+        self._stopper = weakref.finalize(self, _stop, self._shared, started)
+        try:
+            for thread in threads:
+                thread.start()
+                started.append(thread)
+        except RuntimeError:
+            self._stopper()
+            raise RequestError(f"the system does not allow {self.n_threads} threads") from None
 
     def run(self, job: Job, args: int) -> None:
         """Run a job on all threads; `args` is the address of its argument block."""
         with self._lock:
+            if not self._stopper.alive:
+                raise RequestError("the engine is closed")
             if os.getpid() != self._pid:  # after a fork only the calling thread is left
                 self._stopper.detach()
                 self._start()
@@ -211,8 +220,9 @@ class Pool:
             _run(self._shared.control, job.address, args)
 
     def close(self) -> None:
-        """End the threads."""
-        self._stopper()
+        """End the threads, after the job that may be running; `run` raises RequestError then."""
+        with self._lock:
+            self._stopper()
 
 
 def physical_cores() -> int:

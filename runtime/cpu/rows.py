@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..formats import GGMLType
+from ..formats import SMALLEST_AMAX, GGMLType
 from .isa import Q8_BIAS
 from .jit import inline, shared
 from .simd import (
@@ -112,6 +112,8 @@ def pack(x, n, out, ones):
         if block * 32 < n:
             low, high = load_f32x16(x + 128 * block), load_f32x16(x + 128 * block + 64)
             amax = max16(maximum(absolute(low), absolute(high)))
+            if amax < SMALLEST_AMAX:
+                amax = np.float32(0)
             scale = amax / np.float32(127)
             inverse = splat(np.float32(0) if amax == 0 else np.float32(127) / amax)
             low, high = rint(mul(low, inverse)), rint(mul(high, inverse))
