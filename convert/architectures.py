@@ -211,11 +211,9 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
 
     def number(key: str, source: Mapping[str, Any] = nested) -> float:
         value = source.get(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # Whole multiples of a tiny one would be as good; what is outside is a mistake.
-        if not is_number or not 1e-6 < value < 1e30:
-            raise ModelError(f"the checkpoint's {key} is {shown(value)}")
-        return float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 1e-6 < value < 1e30:
+            return float(value)
+        raise ModelError(f"the checkpoint's {key} is {shown(value)}")
 
     if "rope_theta" in nested:
         base = number("rope_theta")

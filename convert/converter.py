@@ -180,12 +180,12 @@ def _model_recipes(
         "ffn_gate.bias": (h.n_ff,),
         "ffn_up.bias": (h.n_ff,),
     }
-    left = {}
-    for hf_name, stored in tensors.items():
+    left: dict[str, Stored] = {}
+    for hf_name, found in tensors.items():
         old = next((o for o in architecture.aliases if hf_name.startswith(o)), None)
         if old is not None:
             hf_name = architecture.aliases[old] + hf_name.removeprefix(old)
-        left[hf_name] = stored
+        left[hf_name] = found
     written = set()
     # Whole-model tensors come once, the others once a layer; the file gets them in this order,
     # whatever order the shards have.

@@ -199,7 +199,7 @@ def _pre_of(path: Path, pre_tokenizer: Any) -> tuple[str, bool]:
     parts = pre_tokenizer if isinstance(pre_tokenizer, dict) else {}
     steps = parts.get("pretokenizers", [parts])
     kinds = [step.get("type") for step in steps if isinstance(step, dict)]
-    byte_level = next((s for s in steps if s.get("type") == "ByteLevel"), {})
+    byte_level: dict[str, Any] = next((s for s in steps if s.get("type") == "ByteLevel"), {})
     add_space = bool(byte_level.get("add_prefix_space", False))
     if kinds == ["ByteLevel"]:
         return "gpt-2", add_space

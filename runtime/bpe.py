@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import FileFormatError, ModelError, shown
-from .gguf import GGUFFile, ValueType
+from .gguf import Metadata, ValueType
 from .tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Tokenizer
 
 LLAMA3 = (
@@ -32,7 +32,7 @@ _BYTES = _byte_characters()
 class BPETokenizer(Tokenizer):
     """Byte-level BPE. Added tokens are found in text before anything else, as transformers does."""
 
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: Metadata) -> None:
         super().__init__(file, default_add_bos=False, default_add_space=False)
         merges = file.get_array("tokenizer.ggml.merges", [ValueType.STRING])
         if merges is None:

@@ -229,14 +229,15 @@ def _decode_q4_k(b: U8Array, upper: U8Array | None = None) -> F32Array:
         *b.shape[:-1], 8, 32
     )  # low nibbles are a group, high ones the next
     if upper is not None:
-        q = q | upper << 4
+        q |= upper << np.uint8(4)
     return scales[..., None] * q.astype(np.float32) - minima[..., None]
 
 
 def _decode_q5_k(b: U8Array) -> F32Array:
     # Bit g of byte j is the fifth bit of weight j of group g.
     groups = np.arange(8, dtype=np.uint8)[:, None]
-    return _decode_q4_k(b, b[..., None, 16:48] >> groups & 1)
+    upper: U8Array = (b[..., None, 16:48] >> groups) & np.uint8(1)
+    return _decode_q4_k(b, upper)
 
 
 def _decode_q6_k(b: U8Array) -> F32Array:
@@ -307,7 +308,7 @@ def _half_bytes(x: F32Array) -> U8Array:
 
 
 def _pack_nibbles(q: U8Array) -> U8Array:
-    return (q[..., : QK // 2] & 15) | (q[..., QK // 2 :] << 4)
+    return (q[..., : QK // 2] & np.uint8(15)) | (q[..., QK // 2 :] << np.uint8(4))
 
 
 def _encode_q8_0(blocks: F32Array) -> U8Array:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .errors import FileFormatError, RequestError, shown
-from .gguf import GGUFFile, ValueType
+from .gguf import Metadata, ValueType
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 SPACE = "\u2581"  # stands for a space inside pieces
@@ -34,7 +34,7 @@ class Tokenizer(ABC):
     add_bos: bool  # whether texts start with BOS
     strips_first_space: bool  # whether a text's first token carries a space that is not its own
 
-    def __init__(self, file: GGUFFile, default_add_bos: bool, default_add_space: bool) -> None:
+    def __init__(self, file: Metadata, default_add_bos: bool, default_add_space: bool) -> None:
         self._path = file.path
         pieces = file.get_array("tokenizer.ggml.tokens", [ValueType.STRING])
         types = file.get_array("tokenizer.ggml.token_type", [ValueType.INT32, ValueType.UINT32])
@@ -102,7 +102,7 @@ class Tokenizer(ABC):
         return self._bytes[token]
 
 
-def load_tokenizer(file: GGUFFile) -> Tokenizer:
+def load_tokenizer(file: Metadata) -> Tokenizer:
     """Return the tokenizer of a model file.
 
     FileFormatError when the vocabulary is missing, damaged or of an unknown kind; ModelError when
@@ -125,7 +125,7 @@ def load_tokenizer(file: GGUFFile) -> Tokenizer:
 class SentencePieceTokenizer(Tokenizer):
     """SentencePiece BPE or unigram, by the sentencepiece library."""
 
-    def __init__(self, file: GGUFFile, model_type: int) -> None:
+    def __init__(self, file: Metadata, model_type: int) -> None:
         super().__init__(file, default_add_bos=True, default_add_space=True)
         scores = file.get_array("tokenizer.ggml.scores", [ValueType.FLOAT32])
         if scores is None or len(scores) != self.n_vocab or not np.isfinite(scores).all():

@@ -3,11 +3,12 @@
 import json
 import os
 import re
-import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -236,6 +237,121 @@ def test_quantize_arguments(capfd, tiny_gguf, tmp_path):
     assert code == 1 and "is the input itself" in last_line(err)
 
 
+def test_escapes_and_biases(capfd, demo_gguf):
+    base = ("infer", "-m", demo_gguf("q4_0"), "-n", 0)
+    for prompt, expected in ((r"\é\n", "\\é\n"), (r"a\x41\tb", "aA\tb"), (r"\\n\q", "\\n\\q")):
+        assert run(capfd, *base, "-e", "-p", prompt)[1] == expected
+    for bias in ("512", "x+1", "5+", "5+x", "-5+1"):
+        code, _, err = run(capfd, *base, f"--logit-bias={bias}")
+        assert code == 2 and "is not like" in err
+    assert run(capfd, *base, "-p", "x", "--logit-bias", "42+1e-5")[0] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names on this system")
+def test_pipes_and_links(capfd, tiny_gguf, tiny_checkpoint, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    source = tiny_gguf("mha", "f16")
+    for name, args in (
+        ("infer", ["-m", tmp_path / "pipe", "-p", "x"]),
+        ("infer", ["-m", source, "-f", tmp_path / "pipe"]),
+        ("inspect", [tmp_path / "pipe"]),
+        ("quantize", [tmp_path / "pipe", "q4_0"]),
+        ("quantize", [source, tmp_path / "pipe", "q4_0"]),
+        ("quantize", [source, "/dev/null", "q4_0"]),
+    ):
+        line = one_sentence(run(capfd, name, *args), name)
+        assert "not a regular file" in line
+    assert (tmp_path / "pipe").is_fifo() and not Path("/dev/null").is_file()
+    # A link stays a link; the file behind it is written.
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "real.gguf")
+    assert run(capfd, "quantize", source, tmp_path / "link.gguf", "q4_0")[0] == 0
+    assert (tmp_path / "link.gguf").is_symlink() and (tmp_path / "real.gguf").stat().st_size > 1000
+
+
+def test_other_files_are_not_overwritten(capfd, tiny_checkpoint, tiny_gguf, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_checkpoint("mha"), folder)
+    before = (folder / "model.safetensors").read_bytes()
+    for target in (folder / "model.safetensors", folder / "config.json"):
+        line = one_sentence(run(capfd, "convert", folder, "--outfile", target), "convert")
+        assert "not overwritten" in line
+    assert (folder / "model.safetensors").read_bytes() == before
+    long_name = tmp_path / ("x" * 250 + ".gguf")
+    assert run(capfd, "quantize", tiny_gguf("mha", "f16"), long_name, "q4_0")[0] == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals_leave_no_half_file(number, demo_gguf, tmp_path):
+    """A quantisation that is slowed down until the signal has come."""
+    script = (
+        "import sys, time\n"
+        "from powerinfer.quantize import encoder\n"
+        "from powerinfer.__main__ import run_command\n"
+        "plain = encoder.convert_rows\n"
+        "def slow(*args):\n"
+        "    print('working', flush=True)\n"
+        "    time.sleep(0.5)\n"
+        "    return plain(*args)\n"
+        "encoder.convert_rows = slow\n"
+        "sys.exit(run_command('quantize', [sys.argv[1], sys.argv[2], 'q4_0', '1'], 'quantize'))\n"
+    )
+    command = [sys.executable, "-c", script, str(demo_gguf("f16")), str(tmp_path / "x.gguf")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and b"Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX shells")
+def test_closed_streams(demo_gguf, tmp_path):
+    command = f"{sys.executable} -m powerinfer infer -m {demo_gguf('q4_0')} -p And -n 3 --temp 0"
+    whole = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60)
+    quiet = subprocess.run(["sh", "-c", command + " 2>&-"], capture_output=True, timeout=60)
+    assert (quiet.returncode, quiet.stdout) == (0, whole.stdout)
+    gone = subprocess.run(["sh", "-c", command + " >&-"], capture_output=True, timeout=60)
+    assert gone.returncode == 0 and b"Traceback" not in gone.stderr
+
+
+def test_home_and_kernel_cache_of_all_kinds(demo_gguf, tmp_path):
+    """No home, a home that is a file, damaged cache files: slower, but it runs."""
+    (tmp_path / "file").write_text("")
+    good = tmp_path / "cache"
+    run_with = {"XDG_CACHE_HOME": str(good)}
+    script = (
+        "import sys, powerinfer\n"
+        "from powerinfer.runtime.cpu.jit import compile_cached, nogil, kernel_cache\n"
+        "double = nogil('int64(int64)')(lambda x: 2 * x)\n"
+        "print(double(21), kernel_cache())\n"
+    )
+    (tmp_path / "module.py").write_text(
+        script.replace("lambda x: 2 * x", "twice").replace(
+            "double = ", "def twice(x):\n    return 2 * x\ndouble = "
+        )
+    )
+
+    def answer(**environment):
+        result = subprocess.run(
+            [sys.executable, tmp_path / "module.py"],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.split()
+
+    assert answer(**run_with)[0] == "42"
+    files = [*good.rglob("*.nbi"), *good.rglob("*.nbc")]
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:10])
+    assert answer(**run_with)[0] == "42"
+    assert answer(XDG_CACHE_HOME=str(tmp_path / "file"))[0] == "42"
+
+
 # -- failures ---------------------------------------------------------------------------------
 
 
@@ -284,6 +400,8 @@ def test_unreadable_file(capfd, demo_gguf, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
 def test_full_disk(demo_gguf, tmp_path):
     """A limit on the size of files stands in for a full disk: writes fail midway."""
+
+    import resource
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))

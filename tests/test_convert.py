@@ -1,6 +1,8 @@
 """The converter: what it writes, what it refuses, and how much memory it takes."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -188,6 +190,97 @@ def test_refused_configs(checkpoint):
     (checkpoint / "config.json").unlink()
     refused(checkpoint, "config.json", FileNotFoundError)
     refused(checkpoint.parent / "nothing", "not a directory", FileNotFoundError)
+
+
+def test_refused_rope_and_names(checkpoint):
+    linear, llama3 = {"type": "linear"}, {"rope_type": "llama3", "factor": 2}
+    cases = [
+        ({"architectures": 5}, "holds a"),
+        ({"architectures": {"a": 1}}, "holds a"),
+        ({"architectures": [["LlamaForCausalLM"]]}, "holds a"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers is 2147483647"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings is"),
+        ({"rope_scaling": "linear"}, "rope scaling is 'linear'"),
+        ({"rope_scaling": [1]}, r"rope scaling is \[1\]"),
+        ({"rope_scaling": linear}, "factor is None"),
+        ({"rope_scaling": linear | {"factor": "x"}}, "factor is 'x'"),
+        ({"rope_scaling": linear | {"factor": 0}}, "factor is 0"),
+        ({"rope_scaling": llama3}, "original_max_position_embeddings is None"),
+        ({"rope_theta": None}, "rope_theta is None"),
+        ({"rope_theta": -5}, "rope_theta is -5"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf"),
+    ]
+    before = (checkpoint / "config.json").read_text()
+    for change, message in cases:
+        edit_config(checkpoint, **change)
+        refused(checkpoint, message)
+        (checkpoint / "config.json").write_text(before)
+    (checkpoint / "config.json").write_text('{"a": ' + "1" * 5000 + "}")
+    refused(checkpoint, "not valid JSON", FileFormatError)
+
+
+def test_refused_variants(tmp_path, tiny_checkpoint):
+    cases = [
+        ("falcon7", {"alibi": True}, "falcon-rw"),
+        ("falcon7", {"parallel_attn": False}, "without parallel attention"),
+        ("falcon7", {"bias": True}, "falcon-rw"),
+        ("falcon7", {"activation": "gelu"}, "'gelu'.*--dense"),
+        ("falcon7", {"activation": ...}, "--activation relu"),
+        ("opt", {"word_embed_proj_dim": 32}, "OPT-350m"),
+        ("opt", {"do_layer_norm_before": False}, "OPT-350m"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "Galactica"),
+        ("bamboo", {"mamba_n_heads": 3}, "IBM's Bamboo"),
+        ("prosparse", {"hidden_act_param": -1.0}, "hidden_act_param is -1"),
+    ]
+    for i, (name, change, message) in enumerate(cases):
+        folder = tmp_path / str(i) / "m"
+        shutil.copytree(tiny_checkpoint(name), folder)
+        edit_config(folder, **change)
+        refused(folder, message)
+
+
+def test_falcon_that_does_not_say_its_activation(tmp_path, tiny_checkpoint):
+    from powerinfer.convert.converter import plan_conversion
+    from powerinfer.quantize.policy import Policy
+
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_checkpoint("falcon7"), folder)
+    edit_config(folder, activation=...)
+    predictors = random_predictors(tiny.MODELS["falcon7"], tmp_path / "p", 32)
+    policy = Policy(GGMLType.F16)
+    for conversion, n_warnings in (
+        (plan_conversion(folder, predictors, policy, False), 1),
+        (plan_conversion(folder, None, policy, False, "relu"), 0),
+    ):
+        assert conversion.keys["powerinfer.ffn_activation"].value == "relu"
+        assert len(conversion.warnings) == n_warnings
+
+
+def test_sliding_window_limits_the_context(checkpoint, tmp_path):
+    edit_config(checkpoint, architectures=["MistralForCausalLM"], sliding_window=100)
+    with powerinfer.open(convert(checkpoint, tmp_path / "x.gguf", "f16")) as llm:
+        assert llm.context == 100
+
+
+def test_large_vocabularies_do_not_take_long(checkpoint):
+    added = {f"<{i}>": 384 + i for i in range(200_000)}
+    (checkpoint / "added_tokens.json").write_text(json.dumps(added))
+    refused(checkpoint, "has 200384 tokens, the embedding only 384")
+
+
+def test_texts_that_are_not_unicode(checkpoint, tmp_path):
+    (checkpoint / "tokenizer_config.json").write_text('{"chat_template": "\\ud800"}')
+    refused(checkpoint, "tokenizer.chat_template would hold text that is not valid Unicode")
+    (checkpoint / "tokenizer_config.json").unlink()
+    if os.name != "nt":
+        odd = tmp_path / os.fsdecode(b"odd\xff")
+        try:
+            checkpoint.rename(odd)
+        except OSError:
+            return  # this file system has only Unicode names
+        file = GGUFFile(convert(odd, tmp_path / "x.gguf", "f16"))
+        assert file.get_str("general.name") == "odd\ufffd"
 
 
 def test_refused_tensors(checkpoint):

@@ -1,5 +1,8 @@
 """Opening models and writing text."""
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import tiny
@@ -151,6 +154,59 @@ def test_shares_are_measured(tiny_gguf):
     assert 0.2 < ours.fired_share < ours.rows_share < 0.9
     # Sampling draws different tokens without a seed; the prompt of 48 dominates.
     assert abs(ours.rows_share - theirs.rows_share) < 0.05
+
+
+def test_threads_share_an_engine(demo_gguf):
+    """Generations that run at once, in threads of the caller's, do not disturb each other."""
+    with powerinfer.open(demo_gguf("q4_0"), threads=2) as llm:
+        prompts = ["And God said", "In the beginning", "The king", "A song of"]
+        options = {"max_tokens": 30, "temperature": 0, "ignore_eos": True}
+
+        def write(prompt):
+            return "".join(llm.generate(prompt, **options))
+
+        alone = [write(prompt) for prompt in prompts]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(3):
+                assert list(pool.map(write, prompts)) == alone
+        # Interleaved in one thread, too.
+        streams = [llm.generate(prompt, **options) for prompt in prompts]
+        rounds = list(itertools.zip_longest(*streams, fillvalue=""))
+        assert ["".join(r[i] for r in rounds) for i in range(len(prompts))] == alone
+
+
+def test_closed_engine(demo_gguf):
+    llm = powerinfer.open(demo_gguf("q4_0"))
+    pieces = llm.generate("And", ignore_eos=True)
+    next(pieces)
+    llm.close()
+    llm.close()
+    for ask in (lambda: next(pieces), lambda: llm.logits([1]), lambda: list(llm.generate("x"))):
+        with pytest.raises(RequestError, match="closed"):
+            ask()
+
+
+def test_numpy_ids(llm):
+    ids = llm.tokenize("And God said")
+    options = {"max_tokens": 5, "temperature": 0}
+    expected = list(llm.generate(ids, **options))
+    assert list(llm.generate(np.array(ids), **options)) == expected
+    assert np.array_equal(llm.logits(np.array(ids)), llm.logits(ids))
+    with pytest.raises(TypeError):
+        llm.logits([1.5])
+
+
+def test_the_first_stop_string_in_the_text_wins(llm):
+    """Not the first one that is complete: the result must not depend on where tokens end."""
+    options = {"max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    whole = "".join(llm.generate("And God said", **options))
+    rng = np.random.default_rng(8)
+    for _ in range(40):
+        starts, sizes = rng.integers(0, len(whole) - 12, 2), rng.integers(1, 12, 2)
+        stops = [whole[a : a + n] for a, n in zip(starts, sizes, strict=True)]
+        text = "".join(llm.generate("And God said", stop=stops, **options))
+        assert text == whole[: min(whole.index(s) for s in stops)], stops
+        assert llm.finish_reason == "stop"
 
 
 # -- files that are whole but wrong -----------------------------------------------------------

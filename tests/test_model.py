@@ -196,6 +196,9 @@ def test_original_engine(samples):
     for backend in BACKENDS:
         ours = logits(samples / "sample.f16.powerinfer.gguf", ids, backend=backend)
         assert kl(engine["f16"], ours) < 1e-4
+        ours = logits(samples / "sample.q4_0.powerinfer.gguf", ids, backend=backend)  # Q6_K head
+        assert kl(engine["q4_0"], ours) < 2e-3
+        assert np.mean(ours.argmax(axis=-1) == engine["q4_0"].argmax(axis=-1)) >= 0.85
     dense = logits(samples / "sample.f16.powerinfer.gguf", ids, dense=True, kv_type="f32")
     assert kl(engine["hf_dense_f32"], dense) < 1e-6
     assert kl(engine["f16"], dense) > 1e-3  # else matching the sparse logits would prove nothing

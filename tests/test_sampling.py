@@ -104,3 +104,25 @@ def test_logits_that_are_not_finite(bad):
     logits[2] = bad
     with pytest.raises(ModelError, match="not finite"):
         Sampler(SamplingOptions(), 5).sample(logits, [])
+
+
+@pytest.mark.parametrize("length", [31, 32, 33, 63, 64, 65, 200])
+def test_penalties_look_at_the_last_tokens(length):
+    """64 of them, or all there are."""
+    sampler = Sampler(SamplingOptions(temperature=0, presence_penalty=1.0), 200)
+    logits = np.zeros(200)
+    sampler._penalise(logits, list(range(length)))
+    assert np.flatnonzero(logits).tolist() == list(range(max(0, length - 64), length))
+
+
+def test_no_token_left():
+    banned = {i: float("-inf") for i in range(5)}
+    for temperature in (0, 1):
+        sampler = Sampler(SamplingOptions(temperature=temperature, logit_bias=banned), 5)
+        with pytest.raises(RequestError, match="leave no token"):
+            sampler.sample(LOGITS, [])
+
+
+def test_tiny_temperature_is_greedy():
+    for temperature in (1e-6, 1e-300, 1e-320):
+        assert Sampler(SamplingOptions(temperature=temperature), 5).sample(LOGITS, []) == 1
