@@ -7,7 +7,7 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(BIN)/infer --demo -p "In the beginning" -n 64 --temp 0.7 --seed 7
+	$(BIN)/infer --demo -p "In the beginning" -n 64 --temp 0.7 --seed 11
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest

@@ -66,7 +66,7 @@ def activate(kind, x, threshold):
     return x * x if kind == RELU2 else x
 
 
-@shared
+@inline
 def _product(matrix, row, h, packed, scratch):
     """Return one row of a matrix times h, plus its bias."""
     w = arg(matrix, MATRIX.data) + row * arg(matrix, MATRIX.row_bytes)

@@ -23,7 +23,7 @@ def n_tasks_of(matrix):
     return (arg(matrix, MATRIX.rows) + ROWS - 1) // ROWS
 
 
-@shared
+@inline
 def matmul_task(matrix, task, n_tok, x, packs, pack_bytes, y, y_cols, how, scratch):
     """y [n_tok, y_cols] = or += x [n_tok, cols] @ matrix [rows, cols]^T + bias, for ROWS rows.
 
