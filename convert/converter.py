@@ -19,6 +19,7 @@ from ..runtime.formats import F32Array, GGMLType
 from ..runtime.gguf import Metadata, Value, ValueType
 from ..runtime.gguf_writer import GGUFWriter
 from ..runtime.tokenizer import load_tokenizer
+from . import pwri
 from .architectures import (
     ARCHITECTURES,
     Architecture,
@@ -84,11 +85,12 @@ def _row_order(transform: Transform, h: Hyper) -> np.ndarray | None:
 class Conversion:
     """A checked conversion, ready to be written."""
 
-    architecture: Architecture
+    arch: str  # GGUF's name
     keys: dict[str, Value]
     recipes: list[Recipe]
     policy: Policy
     warnings: tuple[str, ...]  # for the user
+    is_pwri: bool  # write the original PowerInfer's format
 
     @property
     def n_weights(self) -> int:
@@ -101,17 +103,19 @@ def plan_conversion(
     policy: Policy,
     dense: bool,
     activation: str | None = None,
+    is_pwri: bool = False,
 ) -> Conversion:
     """Check a checkpoint and its predictors, and say how they become a file.
 
     `dense`: keep the standard down projection, and accept activations that are not sparse;
-    `activation`: over what config.json says. Nothing is written. FileFormatError and OSError for
+    `activation`: over what config.json says; `is_pwri`: as the original PowerInfer has it (`policy`
+    is then a PwriPolicy). Nothing is written. FileFormatError and OSError for
     what cannot be read, ModelError for what cannot be converted.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a directory with a Hugging Face checkpoint")
-    if predictor_folder is not None and dense:
-        raise ModelError("predictors and --dense exclude each other")
+    if dense and (predictor_folder is not None or is_pwri):
+        raise ModelError("predictors and PWRI files exclude --dense")
     config = read_json(folder / "config.json")
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else "?"
@@ -125,7 +129,8 @@ def plan_conversion(
     recipes = list(_model_recipes(folder, architecture, open_checkpoint(folder), h, dense))
     if rope.factors is not None:
         recipes.append(Recipe("rope_freqs.weight", Stored(rope.factors), rope.factors.shape))
-    keys = _model_keys(folder, architecture.gguf, h, rope)
+    arch = pwri.architecture(architecture.gguf, h.activation) if is_pwri else architecture.gguf
+    keys = _model_keys(folder, arch, h, rope)
     keys |= tokenizer_keys(folder, config, h.n_vocab)
     if keys["tokenizer.ggml.model"].value != "gpt2":  # that one needs an extra, later
         load_tokenizer(Metadata(folder, keys))  # whoever runs the file would find the same faults
@@ -135,7 +140,7 @@ def plan_conversion(
         keys["powerinfer.predictor_input"] = Value(ValueType.STRING, "residual")
         if threshold is not None:
             keys["powerinfer.sparse_threshold"] = Value(ValueType.FLOAT32, threshold)
-    return Conversion(architecture, keys, recipes, policy, h.warnings)
+    return Conversion(arch, keys, recipes, policy, h.warnings, is_pwri)
 
 
 def write_conversion(
@@ -144,7 +149,8 @@ def write_conversion(
     """Write the file of a planned conversion, one chunk of rows in memory at a time."""
     c = conversion
     types = {r.name: c.policy.type_of(r.name, GGMLType.F32, r.shape) for r in c.recipes}
-    with GGUFWriter(target, c.architecture.gguf) as writer:
+    magic = pwri.MAGIC if c.is_pwri else b"GGUF"
+    with GGUFWriter(target, c.arch, magic) as writer:
         for key, value in c.keys.items():
             writer.add(key, value)
         add_file_type(writer, c.policy.target)
@@ -153,7 +159,13 @@ def write_conversion(
         for recipe in c.recipes:
             for rows in row_chunks(recipe.rows, recipe.shape[-1]):
                 x = recipe.read(rows)
-                writer.write(recipe.name, encode_rows(types[recipe.name], x, recipe.name))
+                type_ = types[recipe.name]
+                encoded = (
+                    pwri.encode_original(type_, x)
+                    if c.is_pwri
+                    else encode_rows(type_, x, recipe.name)
+                )
+                writer.write(recipe.name, encoded)
                 progress(x.size)
 
 

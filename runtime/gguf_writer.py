@@ -52,7 +52,7 @@ class GGUFWriter:
     declared order, in pieces of any size. The file appears under its name only when complete.
     """
 
-    def __init__(self, path: str | os.PathLike[str], arch: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], arch: str, magic: bytes = b"GGUF") -> None:
         import gguf  # 0.1 s; only commands that write need it
 
         self.path = Path(path)
@@ -64,6 +64,7 @@ class GGUFWriter:
         self._gguf: Any = gguf.GGUFWriter(None, arch)
         self._value_type = gguf.GGUFValueType
         self._tensor_type = gguf.GGMLQuantizationType
+        self._magic = magic
         self._declared: list[tuple[str, int]] = []  # (name, bytes)
         self._left = 0  # bytes still to come of the tensor being written
         self._file: Any = None
@@ -88,6 +89,8 @@ class GGUFWriter:
             self._start()
             if self._declared:
                 raise RuntimeError(f"tensor {self._declared[0][0]} was never written")
+            self._file.seek(0)
+            self._file.write(self._magic)
 
     def add(self, key: str, value: Value) -> None:
         """Add a key; general.architecture is there already and cannot be added."""

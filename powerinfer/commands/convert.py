@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..convert.converter import plan_conversion, write_conversion
+from ..convert.pwri import PwriPolicy
 from ..quantize.policy import TARGETS, Policy, parse_type
 from ..runtime.config import DENSE_ACTIVATIONS, SPARSE_ACTIVATIONS
 
@@ -42,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the standard ffn_down and run dense; any Llama converts, not only ReLU ones",
     )
     parser.add_argument(
+        "--pwri",
+        action="store_true",
+        help="write a file for the original PowerInfer (f16 or q4_0, neurons in their order)",
+    )
+    parser.add_argument(
         "--activation",
         choices=SPARSE_ACTIVATIONS + DENSE_ACTIVATIONS,
         help="of the FFN, where config.json does not say it or is wrong",
@@ -49,9 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    policy = Policy(parse_type(args.outtype))
+    type_ = parse_type(args.outtype)
+    policy = PwriPolicy(type_) if args.pwri else Policy(type_)
     conversion = plan_conversion(
-        args.model_dir, args.predictor_dir, policy, args.dense, args.activation
+        args.model_dir, args.predictor_dir, policy, args.dense, args.activation, args.pwri
     )
     for warning in conversion.warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -6,7 +6,7 @@ import numpy as np
 
 from .block import MATRIX, NORM, layout
 from .elementwise import normalise
-from .jit import arg, inline, job, shared
+from .jit import arg, inline, job
 from .pool import finish, take, wait
 from .rows import axpy, dot, fill_zero, pack
 from .simd import load_f32, load_i32, store_f32, store_u8
