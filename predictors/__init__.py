@@ -1,0 +1,1 @@
+"""Who fires: firing orders, and (to come) profiling and predictor training."""

@@ -137,6 +137,8 @@ def load_weights(file: GGUFFile, config: ModelConfig) -> Weights:
             fc2_bias=maybe(p + "fc2.bias", c.n_ff) if fc1 is not None else None,
         )
 
+    for il in range(c.n_layer):
+        _check_firing(file, il, c.n_ff)
     embd = get("token_embd.weight", c.n_vocab, c.n_embd)
     rope_factors = maybe("rope_freqs.weight", c.rope_dim // 2)
     if rope_factors is not None and not np.all(rope_factors.numpy() > 0):
@@ -156,3 +158,19 @@ def load_weights(file: GGUFFile, config: ModelConfig) -> Weights:
         rope_factors=rope_factors,
         layers=layers,
     )
+
+
+def _check_firing(file: GGUFFile, il: int, n_ff: int) -> None:
+    """Check the tables that say who fires in layer `il`, where there are any."""
+    order, frequency = (file.tensors.get(f"blk.{il}.{name}") for name in ("ffn_perm", "ffn_freq"))
+    if order is not None:
+        is_good = order.type is GGMLType.I32 and order.shape == (n_ff,)
+        if not is_good or not np.array_equal(np.sort(order.numpy()), np.arange(n_ff)):
+            raise ModelError(f"{file.path}: {order.name} is not an order of {n_ff} neurons")
+    if frequency is not None:
+        is_good = frequency.type is GGMLType.F32 and frequency.shape == (n_ff,)
+        values = frequency.numpy() if is_good else np.array([np.nan])
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise ModelError(f"{file.path}: {frequency.name} is not {n_ff} numbers from 0 to 1")
+        if (np.diff(values) > 0).any():
+            raise ModelError(f"{file.path}: {frequency.name} is not sorted, most frequent first")

@@ -1,4 +1,8 @@
-"""Convert a Hugging Face checkpoint of a ReLU model, with its predictors, to a GGUF file."""
+"""Convert a checkpoint of a ReLU model, with its predictors, to a GGUF file.
+
+MODEL_DIR is a Hugging Face checkpoint; or a file of the original PowerInfer, which becomes one of
+ours, with its hot neurons first where activation/ or a .generated.gpuidx lies beside it.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,15 @@ from tqdm import tqdm
 from ..convert.converter import plan_conversion, write_conversion
 from ..convert.pwri import PwriPolicy
 from ..quantize.policy import TARGETS, Policy, parse_type
-from ..runtime.config import DENSE_ACTIVATIONS, SPARSE_ACTIVATIONS
+from ..runtime.config import DENSE_ACTIVATIONS, SPARSE_ACTIVATIONS, model_config
+from ..runtime.gguf import GGUFFile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     types = ", ".join(TARGETS)
-    parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="the checkpoint")
+    parser.add_argument(
+        "model_dir", type=Path, metavar="MODEL_DIR", help="the checkpoint, or a PWRI file"
+    )
     parser.add_argument(
         "predictor_dir",
         type=Path,
@@ -55,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if args.model_dir.is_file():
+        return _upgrade(args.model_dir, args.outfile)
     type_ = parse_type(args.outtype)
     policy = PwriPolicy(type_) if args.pwri else Policy(type_)
     conversion = plan_conversion(
@@ -69,5 +78,25 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         total=conversion.n_weights, unit=" weights", unit_scale=True, desc="converting"
     ) as bar:
         write_conversion(conversion, target, bar.update)
+    print(f"wrote {target} ({target.stat().st_size / 2**20:.1f} MiB)", file=sys.stderr)
+    return 0
+
+
+def _upgrade(source: Path, target: Path | None) -> int:
+    """Rewrite a model file as one of ours, hot-first if somebody counted who fires."""
+    from ..predictors.legacy import find_firing
+    from ..predictors.order import rewrite
+
+    file = GGUFFile(source)
+    config = model_config(file)
+    firing = find_firing(source, config.n_layer, config.n_ff)
+    target = target or source.with_name(f"{source.name.removesuffix('.gguf')}.upgraded.gguf")
+    if firing is None:
+        print("no activation/ and no .generated.gpuidx beside it: the order stays", file=sys.stderr)
+    else:
+        print(f"firing order from {firing.source}", file=sys.stderr)
+    total = sum(tensor.nbytes for tensor in file.tensors.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="rewriting") as bar:
+        rewrite(source, target, firing, bar.update)
     print(f"wrote {target} ({target.stat().st_size / 2**20:.1f} MiB)", file=sys.stderr)
     return 0
