@@ -1,16 +1,20 @@
-# make demo: install and write text with the built-in model.  make test, make lint: as they say.
+# make demo: install and write text with the built-in model.  make test, make lint, make fuzz: as they say.
 # Each creates what it needs on a fresh machine: Python 3.11+ with venv and pip.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint fuzz clean
 
 demo: .venv/installed
 	$(BIN)/infer --demo -p "In the beginning" -n 64 --temp 0.7 --seed 11
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
+
+SECONDS := 60
+fuzz: .venv/installed-test
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -1,11 +1,11 @@
 """The reader against the gguf package, and against files made to break it."""
 
-import struct
 import time
 
 import gguf
 import numpy as np
 import pytest
+from attacks.gguf_files import HOSTILE, PAD, U32, U64, header, key, string, tensor
 from powerinfer.runtime.errors import FileFormatError
 from powerinfer.runtime.formats import GGMLType, encode
 from powerinfer.runtime.gguf import GGUFFile, Value, ValueType
@@ -113,74 +113,7 @@ def test_a_failed_write_keeps_the_old_file(sample):
     assert list(sample.parent.iterdir()) == [sample]
 
 
-# -- hostile files ----------------------------------------------------------------------------
-
-
-def string(text: str | bytes) -> bytes:
-    raw = text.encode() if isinstance(text, str) else text
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def key(name: str, type_: int, body: bytes) -> bytes:
-    return string(name) + struct.pack("<I", type_) + body
-
-
-def tensor(name="t", dims=(32, 2), type_=0, offset=0) -> bytes:
-    head = string(name) + struct.pack("<I", len(dims))
-    return head + struct.pack(f"<{len(dims)}QIQ", *dims, type_, offset)
-
-
-def header(n_tensors=0, n_keys=0, magic=b"GGUF", version=3) -> bytes:
-    return magic + struct.pack("<IQQ", version, n_tensors, n_keys)
-
-
-PAD = bytes(512)
-U64 = struct.Struct("<Q").pack
-U32 = struct.Struct("<I").pack
-HOSTILE = {
-    "empty": b"",
-    "text": b"this is not a model at all, just text",
-    "bad magic": header(magic=b"GGML") + PAD,
-    "version 1": header(version=1) + PAD,
-    "version 4": header(version=4) + PAD,
-    "big-endian": header(version=0x03000000) + PAD,
-    "key count huge": header(n_keys=1 << 62) + PAD,
-    "tensor count huge": header(n_tensors=1 << 62) + PAD,
-    "key length huge": header(n_keys=1) + U64((1 << 64) - 1) + PAD,
-    "key empty": header(n_keys=1) + key("", 4, U32(1)) + PAD,
-    "key not utf-8": header(n_keys=1) + string(b"\xff\xfe") + U32(4) + U32(1) + PAD,
-    "key twice": header(n_keys=2) + key("a", 4, U32(1)) * 2 + PAD,
-    "value type unknown": header(n_keys=1) + key("a", 13, U32(1)) + PAD,
-    "string length huge": header(n_keys=1) + key("a", 8, U64(1 << 63)) + PAD,
-    "string not utf-8": header(n_keys=1) + key("a", 8, string(b"\xc0\x80")) + PAD,
-    "bool of 2": header(n_keys=1) + key("a", 7, b"\x02") + PAD,
-    "array of bool with 2": header(n_keys=1) + key("a", 9, U32(7) + U64(1) + b"\x02") + PAD,
-    "array of arrays": header(n_keys=1) + key("a", 9, U32(9) + U64(1)) + PAD,
-    "array count huge": header(n_keys=1) + key("a", 9, U32(0) + U64(1 << 63)) + PAD,
-    "array count wraps": header(n_keys=1) + key("a", 9, U32(10) + U64((1 << 61) + 1)) + PAD,
-    "string array count huge": header(n_keys=1) + key("a", 9, U32(8) + U64(1 << 60)) + PAD,
-    "string in array too long": header(n_keys=1)
-    + key("a", 9, U32(8) + U64(2) + string("x") + U64(1 << 40))
-    + PAD,
-    "alignment 0": header(n_keys=1) + key("general.alignment", 4, U32(0)) + PAD,
-    "alignment 33": header(n_keys=1) + key("general.alignment", 4, U32(33)) + PAD,
-    "alignment a string": header(n_keys=1) + key("general.alignment", 8, string("32")) + PAD,
-    "tensor twice": header(n_tensors=2) + tensor() + tensor(offset=256) + PAD * 2,
-    "tensor name empty": header(n_tensors=1) + tensor(name="") + PAD,
-    "tensor of 0 dimensions": header(n_tensors=1) + tensor(dims=()) + PAD,
-    "tensor of 5 dimensions": header(n_tensors=1) + tensor(dims=(1,) * 5) + PAD,
-    "tensor dimension 0": header(n_tensors=1) + tensor(dims=(32, 0)) + PAD,
-    "tensor dimensions overflow": header(n_tensors=1) + tensor(dims=(1 << 62, 1 << 62)) + PAD,
-    "tensor size wraps to 0": header(n_tensors=1) + tensor(dims=(1 << 32, 1 << 32)) + PAD,
-    "tensor type unknown": header(n_tensors=1) + tensor(type_=99) + PAD,
-    "tensor type removed": header(n_tensors=1) + tensor(type_=4) + PAD,
-    "tensor rows no whole blocks": header(n_tensors=1) + tensor(dims=(33, 2), type_=2) + PAD,
-    "tensor offset misaligned": header(n_tensors=1) + tensor(offset=1) + PAD,
-    "tensor offset past the end": header(n_tensors=1) + tensor(offset=1 << 20) + PAD,
-    "tensor offset wraps": header(n_tensors=1) + tensor(offset=(1 << 64) - 64) + PAD,
-    "tensors overlap": header(n_tensors=2) + tensor("a") + tensor("b", offset=128) + PAD * 2,
-    "tensor data cut": header(n_tensors=1) + tensor(dims=(256, 2)) + PAD,
-}
+# -- hostile files (the files themselves: attacks/gguf_files.py) ------------------------------
 
 
 @pytest.mark.parametrize("name", HOSTILE)
