@@ -36,8 +36,9 @@ def cache_dir() -> Path:
         else:
             base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:  # no HOME, and no entry in the user database
-        base = Path(tempfile.gettempdir()) / f"powerinfer-{os.getuid()}"
+        user = os.getuid() if hasattr(os, "getuid") else 0
+        base = Path(tempfile.gettempdir()) / f"powerinfer-{user}"
         base.mkdir(mode=0o700, exist_ok=True)
-        if base.stat().st_uid != os.getuid():
+        if base.stat().st_uid != user:
             raise PermissionError(f"{base} belongs to somebody else; set XDG_CACHE_HOME") from None
     return Path(base) / "powerinfer-python"

@@ -281,9 +281,10 @@ def test_other_files_are_not_overwritten(capfd, tiny_checkpoint, tiny_gguf, tmp_
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_signals_leave_no_half_file(number, demo_gguf, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_signals_leave_no_half_file(name, demo_gguf, tmp_path):
     """A quantisation that is slowed down until the signal has come."""
+    number = getattr(signal, name)
     script = (
         "import sys, time\n"
         "from powerinfer.quantize import encoder\n"
