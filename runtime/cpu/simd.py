@@ -226,11 +226,6 @@ def mul(b, x, y):
     return b.fmul(x, y)
 
 
-@op(F32x16, F32x16, F32x16)
-def div(b, x, y):
-    return b.fdiv(x, y)
-
-
 @op(F32x16, F32x16, F32x16, F32x16)
 def fma(b, x, y, z):
     """x * y + z, rounded once."""
