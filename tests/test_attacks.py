@@ -2,6 +2,7 @@
 
 import random
 import re
+import sys
 import time
 
 import pytest
@@ -16,6 +17,16 @@ from powerinfer.runtime.tokenizer import load_tokenizer
 from powerinfer.runtime.weights import load_weights
 
 from powerinfer.__main__ import run_command
+
+
+def peak_memory():
+    """Return the most memory that this process has had, in bytes (0 where nobody says)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def test_there_are_enough_of_them():
@@ -33,9 +44,10 @@ def test_every_command_refuses(name, tmp_path, capfd):
         ("inspect", [path]),
         ("convert", [path, "--outfile", tmp_path / "out.gguf"]),
     ):
-        started = time.process_time()
+        started, most = time.process_time(), peak_memory()
         code = run_command(command, [str(a) for a in args], command)
         assert time.process_time() - started < 1
+        assert peak_memory() - most < 512 << 20
         out, err = capfd.readouterr()
         last = err.strip().split("\n")[-1]
         assert (code, out) == (1, "")

@@ -143,6 +143,15 @@ def test_tied_head_is_not_written_twice(tiny_checkpoint, tmp_path):
     assert "output.weight" not in file.tensors
 
 
+def test_chat_template_is_kept(checkpoint, tmp_path):
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    settings = {"chat_template": template, "add_bos_token": False}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+    file = GGUFFile(convert(checkpoint, tmp_path / "x.gguf", "f16"))
+    assert file.get_str("tokenizer.chat_template") == template
+    assert file.get_bool("tokenizer.ggml.add_bos_token", True) is False
+
+
 def test_vocabulary(checkpoint, tmp_path):
     (checkpoint / "added_tokens.json").write_text('{"<tool>": 384, "<end>": 385}')
     edit_config(checkpoint, vocab_size=400)
