@@ -2,8 +2,8 @@
 
     python tests/fuzz.py --seconds 60        (or: make fuzz SECONDS=60)
 
-Every mutation must end in a model that opens or in one PowerInferError, within a second and 512 MB
-above the start. Of every ten files (--run-every) one is also run, if it is accepted: on the CPU
+Every mutation must end in a model that opens or in one PowerInferError, within a second of CPU
+and 512 MB above the start. Of every ten files (--run-every) one is also run, if it is accepted: on the CPU
 and as reference. The first input that does anything else is kept as fuzz-failure.gguf, with its
 seed, and ends the run.
 """
@@ -94,10 +94,10 @@ def main() -> int:
             mutant = mutate(raw, random.Random(seed), head)
             path.unlink(missing_ok=True)  # the old map stays as it was
             path.write_bytes(mutant)
-            clock = time.monotonic()
+            clock = time.process_time()  # the machine may be busy with other things
             try:
                 accepted += attempt(path, run=seed % args.run_every == 0)
-                took = time.monotonic() - clock
+                took = time.process_time() - clock
                 assert took < 1, f"{took:.1f} s"
                 assert memory() < start_memory + (512 << 20), "memory"
             except BaseException as error:

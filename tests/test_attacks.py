@@ -64,7 +64,7 @@ def open_model(path):
 
 @settings(
     max_examples=400,
-    deadline=1000,
+    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
