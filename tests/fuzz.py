@@ -3,9 +3,9 @@
     python tests/fuzz.py --seconds 60        (or: make fuzz SECONDS=60)
 
 Every mutation must end in a model that opens or in one PowerInferError, within a second of CPU
-and 512 MB above the start. Of every ten files (--run-every) one is also run, if it is accepted: on the CPU
-and as reference. The first input that does anything else is kept as fuzz-failure.gguf, with its
-seed, and ends the run.
+and 512 MB above the start. Of every ten files (--run-every) one is also run, if it is accepted,
+on the CPU and as reference. The first input that does anything else is kept as fuzz-failure.gguf,
+with its seed, and ends the run.
 """
 
 from __future__ import annotations
