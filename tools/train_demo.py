@@ -73,6 +73,14 @@ def train_tokenizer(chapters: list[str], out: Path) -> None:
     finally:
         corpus.unlink()
         (out / "tokenizer.vocab").unlink(missing_ok=True)
+    # The paths of whoever trained it are nobody else's business.
+    from sentencepiece import sentencepiece_model_pb2
+
+    path = out / "tokenizer.model"
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    model.trainer_spec.ClearField("input")
+    model.trainer_spec.ClearField("model_prefix")
+    path.write_bytes(model.SerializeToString())
 
 
 def encode(chapters: list[str], tokenizer: Path) -> np.ndarray:
