@@ -12,7 +12,7 @@ from ..runtime.config import ModelConfig, model_config
 from ..runtime.errors import RequestError
 from ..runtime.formats import F32Array, GGMLType
 from ..runtime.gguf import GGUFFile, Value, ValueType
-from ..runtime.gguf_writer import GGUFWriter
+from ..runtime.gguf_writer import GGUFWriter, not_onto
 from ..runtime.weights import load_weights
 from .legacy import Firing, Order
 
@@ -35,8 +35,7 @@ def rewrite(
     original numbers of the neurons, ffn_freq how often they fire. RequestError when the target is
     the source or the neurons cannot be moved; the errors of GGUFFile and load_weights.
     """
-    if target.exists() and target.samefile(source):
-        raise RequestError(f"{target} is the input itself: choose another output")
+    not_onto(source, target)
     file = GGUFFile(source)
     config = model_config(file)
     weights = load_weights(file, config)

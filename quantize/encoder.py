@@ -22,7 +22,7 @@ from ..runtime.formats import (
     encode,
 )
 from ..runtime.gguf import GGUFFile, Tensor, Value, ValueType
-from ..runtime.gguf_writer import GGUFWriter
+from ..runtime.gguf_writer import GGUFWriter, not_onto
 from .policy import FILE_TYPES, Policy
 
 CHUNK = 1 << 22  # weights encoded at a time by one thread: 16 MiB as float32
@@ -85,8 +85,7 @@ def quantize_file(
     that are not finite; OSError for the disk.
     """
     source, target = Path(source), Path(target)
-    if target.exists() and target.samefile(source):
-        raise RequestError(f"{target} is the input itself: choose another output")
+    not_onto(source, target)
     file = GGUFFile(source)
     n_threads = threads or os.cpu_count() or 1
     plan = [(t, policy.type_of(t.name, t.type, t.shape)) for t in file.tensors.values()]

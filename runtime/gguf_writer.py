@@ -37,6 +37,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def not_onto(source: Path, target: Path) -> None:
+    """Refuse (RequestError) to write `target` where it is the very file that is being read."""
+    if target.exists() and target.samefile(source):
+        raise RequestError(f"{target} is the input itself: choose another output")
+
+
 def _is_unicode(text: str) -> bool:
     try:
         text.encode("utf-8")

@@ -19,6 +19,7 @@ from powerinfer.quantize.policy import TARGETS, Policy, parse_type
 from powerinfer.runtime.formats import BLOCK_SIZES, GGMLType, decode, encode
 from powerinfer.runtime.gguf import GGUFFile
 from powerinfer.runtime.gguf_writer import GGUFWriter
+from powerinfer.tools.quality import log_softmax
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "tools" / "demo"
@@ -39,20 +40,12 @@ def convert(
 
 def kl(p_logits: np.ndarray, q_logits: np.ndarray) -> float:
     """Return the mean KL divergence (nats) of q from p over tokens [n_tok, n_vocab]."""
-
-    def log_softmax(x: np.ndarray) -> np.ndarray:
-        x = x.astype(np.float64)
-        x = x - x.max(axis=-1, keepdims=True)
-        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-
     p, q = log_softmax(p_logits), log_softmax(q_logits)
     return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
 
 
-@pytest.fixture(scope="session")
-def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model of the tiny models' vocabulary size."""
-    folder = tmp_path_factory.mktemp("tokenizer")
+def train_tokenizer(folder: Path) -> Path:
+    """Train a SentencePiece model of the tiny models' vocabulary size; return tokenizer.model."""
     sentencepiece.SentencePieceTrainer.train(
         input=str(DEMO / "heldout.txt"),
         model_prefix=str(folder / "tokenizer"),
@@ -64,6 +57,12 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         minloglevel=2,
     )
     return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of all tiny models."""
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import tiny
 from attacks.mutate import mutate
-from conftest import DEMO, convert, random_predictors
+from conftest import convert, random_predictors, train_tokenizer
 from powerinfer.runtime.config import RunOptions, model_config
 from powerinfer.runtime.engine import Engine
 from powerinfer.runtime.errors import PowerInferError
@@ -35,17 +35,8 @@ MODEL = tiny.Tiny(n_embd=32, n_ff=64, n_layer=1, n_head=2, n_head_kv=1, head_dim
 
 def small_model(folder: Path) -> Path:
     """Make a model file of a few ten thousand bytes, with a predictor."""
-    import sentencepiece
-
     checkpoint = tiny.write_checkpoint(MODEL, folder / "m")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(DEMO / "heldout.txt"),
-        model_prefix=str(checkpoint / "tokenizer"),
-        model_type="bpe",
-        vocab_size=tiny.N_VOCAB,
-        byte_fallback=True,
-        minloglevel=2,
-    )
+    train_tokenizer(checkpoint)
     predictors = random_predictors(MODEL, folder / "p", 32)
     return convert(checkpoint, folder / "base.gguf", "q8_0", predictors)
 
