@@ -131,6 +131,10 @@ def plan_conversion(
         recipes.append(Recipe("rope_freqs.weight", Stored(rope.factors), rope.factors.shape))
     arch = pwri.architecture(architecture.gguf, h.activation) if is_pwri else architecture.gguf
     keys = _model_keys(folder, arch, h, rope)
+    if is_pwri and ARCHITECTURE_TRAITS[arch].rope == "none":
+        # The original takes the rows of the table of positions, offset and all, for the context.
+        rows = Value(ValueType.UINT32, h.n_ctx + POSITION_OFFSET)
+        keys[f"{arch}.context_length"] = rows
     keys |= tokenizer_keys(folder, config, h.n_vocab)
     if keys["tokenizer.ggml.model"].value != "gpt2":  # that one needs an extra, later
         load_tokenizer(Metadata(folder, keys))  # whoever runs the file would find the same faults
