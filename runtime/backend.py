@@ -29,7 +29,6 @@ class Plan:
     buffers: Buffers
     rope: np.ndarray  # float32 [context, 2, rope_dim / 2]
     mode: Mode
-    thresholds: tuple[float, ...]  # per layer: a neuron is predicted when its score >= this
 
 
 class Backend(Protocol):
@@ -53,10 +52,13 @@ class Backend(Protocol):
         """h = norm(x)."""
 
     def predict(self, il: int) -> None:
-        """mask = fc2 . relu(fc1 . input) >= threshold; the input is x or h (config)."""
+        """scores = fc2 . relu(fc1 . input), x or h (config); mask = scores >= threshold."""
+
+    def audit(self, il: int) -> None:
+        """truth = which of all neurons fire for the audited token of the step; x stays."""
 
     def ffn(self, il: int) -> None:
-        """x += down(act(gate h) * up h) over the neurons that the mode computes; counts."""
+        """x += down(act(gate h) * up h) over the neurons that the mode computes; fired, counts."""
 
     def head(self) -> None:
         """logits = norm(x) @ output, for the tokens in step.outputs."""

@@ -22,6 +22,7 @@ class Sequence:
 
     pages: list[int] = field(default_factory=list)
     length: int = 0
+    thresholds: np.ndarray | None = None  # of the predictors, float32 [n_layer]; None: the file's
 
 
 class KVCache:

@@ -9,27 +9,27 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .backend import Backend, Plan
 from .cache import KVCache, Sequence
-from .config import SPARSE_ACTIVATIONS, Mode, ModelConfig, RunOptions, model_config
+from .config import SPARSE_ACTIVATIONS, Mode, ModelConfig, RunOptions
 from .errors import ModelError, RequestError
 from .formats import F32Array, GGMLType
-from .gguf import GGUFFile
-from .model import forward
+from .model import Watcher, forward
 from .reference import Reference
 from .sampling import Sampler, SamplingOptions
-from .step import Buffers, Step, rope_table
+from .step import COUNTS, Buffers, Step, rope_table
 from .tokenizer import StreamDecoder, load_tokenizer
-from .weights import Weights, load_weights
+from .traffic import Traffic, traffic
+from .weights import Model, Weights, load_model
 
 DEFAULT_CONTEXT = 4096
 N_OUT = 32  # tokens whose logits are computed at once
-# Tokens, rows of deciders read, neurons that fired: summed over layers and tokens.
-Counts = np.ndarray[tuple[int], np.dtype[np.int64]]
+Counts = np.ndarray[tuple[int, int], np.dtype[np.int64]]  # [n_layer, COUNTS]
 
 
 @dataclass
@@ -43,10 +43,11 @@ class Timings:
     decode_s: float = 0.0
     rows_share: float = 0.0  # of the decider's rows that were computed, mean over tokens, layers
     fired_share: float = 0.0  # of the neurons that fired
+    traffic: Traffic | None = None  # of a token, at decode
 
 
 class Engine:
-    """An open model.
+    """An open model: a file, or what load_model made of one.
 
     `notify` is told, in a few words, of anything that takes long. Errors: OSError and
     FileFormatError for the file, ModelError for a model that cannot run, RequestError for
@@ -55,15 +56,14 @@ class Engine:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        model: str | os.PathLike[str] | Model,
         options: RunOptions | None = None,
         notify: Callable[[str], Any] = lambda _: None,
     ) -> None:
         started = time.perf_counter()
         self.options = options or RunOptions()
-        self.file = GGUFFile(path)
-        self.config = model_config(self.file)
-        self.weights = load_weights(self.file, self.config)
+        model = model if isinstance(model, Model) else load_model(model)
+        self.file, self.config, self.weights = model.file, model.config, model.weights
         self.tokenizer = load_tokenizer(self.file)
         if self.tokenizer.n_vocab != self.config.n_vocab:
             raise ModelError(
@@ -71,13 +71,14 @@ class Engine:
                 f"{self.config.n_vocab} in the embedding"
             )
         self.context = _choose_context(self.config, self.options)
-        self.mode = _choose_mode(self.file, self.config, self.weights, self.options)
+        self.mode = _choose_mode(self.file.path, self.config, self.weights, self.options)
         self._plan = self._make_plan()
         self._ops = _make_backend(self._plan, self.options, notify)
         self.backend = self._ops.name
         # Step and buffers serve one forward pass at a time, whoever asks for it.
         self._lock = threading.Lock()
         self._is_closed = False
+        self.watcher: Watcher | None = None
         self.timings = Timings(load_s=time.perf_counter() - started)
         self.finish_reason = ""  # of the last generate(): "eos", "stop", "length", "context"
 
@@ -93,13 +94,18 @@ class Engine:
             config=c,
             weights=self.weights,
             cache=KVCache(c, self.context, np.float32 if f32 else np.float16),
-            step=Step(chunk, n_seq_max=1, context=self.context, n_out_max=N_OUT),
+            step=Step(
+                chunk,
+                n_seq_max=1,
+                context=self.context,
+                n_out_max=N_OUT,
+                thresholds=[
+                    c.threshold(il) if override is None else override for il in range(c.n_layer)
+                ],
+            ),
             buffers=Buffers(c, chunk, N_OUT),
             rope=rope_table(c, self.context, None if factors is None else factors.numpy()),
             mode=self.mode,
-            thresholds=tuple(
-                c.threshold(il) if override is None else override for il in range(c.n_layer)
-            ),
         )
 
     def close(self) -> None:
@@ -142,14 +148,17 @@ class Engine:
             plan.cache.extend(sequence, len(ids))
             plan.step.fill([(sequence, ids)])
             plan.buffers.counts[:] = 0
-            forward(plan, self._ops)
+            forward(plan, self._ops, self.watcher)
             for i in range(0, len(outputs), N_OUT):
                 part = outputs[i : i + N_OUT]
                 plan.step.want(part)
                 self._ops.head()
                 out[i : i + len(part)] = plan.buffers.logits[: len(part)]
-            counts += plan.buffers.counts.sum(axis=0)
+            counts += plan.buffers.counts
         return out
+
+    def _no_counts(self) -> Counts:
+        return np.zeros((self.config.n_layer, len(COUNTS)), np.int64)
 
     def _release(self, sequence: Sequence) -> None:
         with self._lock:
@@ -177,16 +186,30 @@ class Engine:
         """
         ids = self._check(ids)
         out = np.empty((len(ids), self.config.n_vocab), np.float32)
+        self._read(ids, self._no_counts(), out)
+        return out
+
+    def read(self, ids: SequenceOf[int]) -> Counts:
+        """Run tokens through the model for what the watcher sees; return the FFNs' counts.
+
+        int64 [n_layer, COUNTS], summed over the tokens. RequestError as in logits.
+        """
+        counts = self._no_counts()
+        self._read(self._check(ids), counts, None)
+        return counts
+
+    def _read(self, ids: list[int], counts: Counts, logits: F32Array | None) -> None:
+        """Run tokens as one text; their logits go to `logits` [len(ids), n_vocab] if wanted."""
         sequence, chunk = Sequence(), len(self._plan.step.tokens)
-        counts = np.zeros(3, np.int64)
         try:
             for start in range(0, len(ids), chunk):
                 part = ids[start : start + chunk]
-                wanted = range(len(part))
-                out[start : start + len(part)] = self._feed(sequence, part, wanted, counts)
+                wanted = range(len(part) if logits is not None else 0)
+                out = self._feed(sequence, part, wanted, counts)
+                if logits is not None:
+                    logits[start : start + len(part)] = out
         finally:
             self._release(sequence)
-        return out
 
     def generate_tokens(
         self,
@@ -210,7 +233,7 @@ class Engine:
         self, history: list[int], max_tokens: int, ignore_eos: bool, sampler: Sampler
     ) -> Iterator[int]:
         t = Timings(load_s=self.timings.load_s)
-        counts: Counts = np.zeros(3, np.int64)
+        counts, decode_counts = self._no_counts(), self._no_counts()
         finish_reason = "length"
         sequence, chunk = Sequence(), len(self._plan.step.tokens)
         try:
@@ -235,14 +258,16 @@ class Engine:
                     finish_reason = "context"
                     return
                 clock = time.perf_counter()
-                logits = self._feed(sequence, [token], [0], counts)
+                logits = self._feed(sequence, [token], [0], decode_counts)
                 t.decode_s += time.perf_counter() - clock
         finally:
             self._release(sequence)
-            tokens, rows, fired = counts.tolist()
+            tokens, rows, _, fired = (counts + decode_counts).sum(axis=0).tolist()
             if tokens:
                 t.rows_share = rows / tokens / self.config.n_ff
                 t.fired_share = fired / tokens / self.config.n_ff
+            if decode_counts.any():
+                t.traffic = traffic(self.weights, self.mode, decode_counts)
             self.timings, self.finish_reason = t, finish_reason
 
     def generate(
@@ -317,9 +342,7 @@ def _choose_context(config: ModelConfig, options: RunOptions) -> int:
     return options.context or min(config.n_ctx_train, DEFAULT_CONTEXT)
 
 
-def _choose_mode(
-    file: GGUFFile, config: ModelConfig, weights: Weights, options: RunOptions
-) -> Mode:
+def _choose_mode(path: Path, config: ModelConfig, weights: Weights, options: RunOptions) -> Mode:
     """Return the mode asked for, or the best that the model allows."""
     is_sparse = config.activation in SPARSE_ACTIVATIONS and weights.is_transposed
     if options.mode is None:
@@ -330,12 +353,12 @@ def _choose_mode(
         return "dense"
     if not is_sparse:
         raise RequestError(
-            f"{file.path} is a dense model (activation {config.activation}, "
+            f"{path} is a dense model (activation {config.activation}, "
             f"{'transposed' if weights.is_transposed else 'standard'} down projection): "
             "it can only run with --dense"
         )
     if options.mode == "predicted" and not weights.has_predictors:
-        raise RequestError(f"{file.path} has no predictors; use --exact")
+        raise RequestError(f"{path} has no predictors; use --exact")
     return options.mode
 
 

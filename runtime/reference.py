@@ -16,6 +16,7 @@ from .cache import PAGE
 from .config import POSITION_OFFSET
 from .formats import INTEGER_DOT, F32Array, decode, round_activations
 from .gguf import Tensor
+from .step import FIRED, HALF_FIRED
 
 _erf = np.frompyfunc(math.erf, 1, 1)
 
@@ -160,30 +161,46 @@ class Reference:
         assert w.fc1 is not None and w.fc2 is not None
         x = b.h if self.plan.config.predictor_input == "normed" else b.x
         hidden = activate("relu", self._matmul(x[:n], w.fc1))  # [n_tok, rank]
-        b.mask[:n] = self._matmul(hidden, w.fc2, w.fc2_bias) >= self.plan.thresholds[il]
+        step = self.plan.step
+        thresholds = step.thresholds[step.rows[:n], il]  # [n_tok]
+        b.scores[:n] = self._matmul(hidden, w.fc2, w.fc2_bias)
+        b.mask[:n] = b.scores[:n] >= thresholds[:, None]
 
-    def ffn(self, il: int) -> None:
-        w, n, b = self.plan.weights.layers[il], self.plan.step.n_tok, self.plan.buffers
-        c, h = self.plan.config, b.h[:n]
+    def audit(self, il: int) -> None:
+        token = self.plan.step.audit[1]
+        _, self.plan.buffers.truth[:] = self._activations(il, self.plan.buffers.h[token], None)
+
+    def _activations(
+        self, il: int, h: F32Array, mask: np.ndarray | None
+    ) -> tuple[F32Array, np.ndarray]:
+        """Return act(decider h) * (up h) and who fired, of the neurons in mask (None: all)."""
+        w, c = self.plan.weights.layers[il], self.plan.config
         decider = self._matmul(h, w.decider, w.decider_bias)  # [n_tok, n_ff]
         act = activate(c.activation, decider, c.activation_threshold)
-        if self.plan.mode == "predicted":
-            act *= b.mask[:n]
-        fired = act != 0
+        if mask is not None:
+            act *= mask
+        fired = np.where(act != 0, np.uint8(FIRED), np.uint8(0))
         if w.up is not None:
             up = self._matmul(h, w.up, w.up_bias)
             if c.activation == "drelu":
                 up = activate("relu", up)
-                fired &= up != 0
+                fired[(fired != 0) & (up == 0)] = HALF_FIRED
             act *= up
+        return act, fired
+
+    def ffn(self, il: int) -> None:
+        w, n, b = self.plan.weights.layers[il], self.plan.step.n_tok, self.plan.buffers
+        is_predicted = self.plan.mode == "predicted"
+        act, fired = self._activations(il, b.h[:n], b.mask[:n] if is_predicted else None)
+        b.fired[:n] = fired
         if w.down_t is not None:
             y = act @ self._w(w.down_t)  # [n_tok, n_embd]; down rows meet float activations
         else:
             assert w.down is not None
             y = self._matmul(act, w.down)
         b.x[:n] += y if w.down_bias is None else y + self._w(w.down_bias)
-        rows = int(b.mask[:n].sum()) if self.plan.mode == "predicted" else act.size
-        b.counts[il] += (n, rows, int(fired.sum()))
+        rows = int(b.mask[:n].sum()) if is_predicted else act.size
+        b.counts[il] += (n, rows, np.count_nonzero(fired), np.count_nonzero(fired == FIRED))
 
     def head(self) -> None:
         step, b = self.plan.step, self.plan.buffers

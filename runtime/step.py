@@ -13,22 +13,39 @@ import numpy as np
 from .cache import PAGE, Sequence
 from .config import ModelConfig
 
+# Columns of Buffers.counts: tokens, rows of the decider read, rows of up read (in models without
+# a gate: what would be), neurons that fired, of which the rows of down are read.
+COUNTS = ("tokens", "decider", "up", "fired")
+FIRED, HALF_FIRED = 1, 2  # drelu: the gate fired, up did not
+
 
 class Step:
     """The tokens of one forward pass. All arrays are int32 and keep their addresses.
 
     `counts` = [n_tok, n_out]; `tokens`, `positions`, `rows` [n_tok_max]: id, position in its
     sequence, row of the page table; `pages` [n_seq_max, pages of a full context]: page table;
-    `outputs` [n_out_max]: which tokens' logits are wanted.
+    `outputs` [n_out_max]: which tokens' logits are wanted; `thresholds` float32 [n_seq_max,
+    n_layer]: a neuron is predicted for a token of that row when its score >= this; `audit` =
+    [layer, token]: where Backend.audit looks (layer -1: nowhere).
     """
 
-    def __init__(self, n_tok_max: int, n_seq_max: int, context: int, n_out_max: int) -> None:
+    def __init__(
+        self,
+        n_tok_max: int,
+        n_seq_max: int,
+        context: int,
+        n_out_max: int,
+        thresholds: SequenceOf[float] = (),
+    ) -> None:
         self.counts = np.zeros(2, np.int32)
         self.tokens = np.zeros(n_tok_max, np.int32)
         self.positions = np.zeros(n_tok_max, np.int32)
         self.rows = np.zeros(n_tok_max, np.int32)
         self.pages = np.zeros((n_seq_max, -(-context // PAGE)), np.int32)
         self.outputs = np.zeros(n_out_max, np.int32)
+        self.audit = np.array([-1, 0], np.int32)
+        self._thresholds = np.array(thresholds, np.float32)
+        self.thresholds = np.tile(self._thresholds, (n_seq_max, 1))
 
     @property
     def n_tok(self) -> int:
@@ -50,8 +67,11 @@ class Step:
             self.positions[n:end] = np.arange(sequence.length - len(ids), sequence.length)
             self.rows[n:end] = row
             self.pages[row, : len(sequence.pages)] = sequence.pages
+            own = sequence.thresholds
+            self.thresholds[row] = self._thresholds if own is None else own
             n = end
         self.counts[0] = n
+        self.audit[0] = -1
 
     def want(self, outputs: SequenceOf[int]) -> None:
         """Choose the tokens (by their index in this step) whose logits the head computes."""
@@ -67,11 +87,14 @@ class Buffers:
         self.h = np.zeros((n_tok_max, c.n_embd), np.float32)  # what the FFN sees
         self.q = np.zeros((n_tok_max, c.n_head * c.head_dim), np.float32)
         self.a = np.zeros((n_tok_max, c.n_head * c.head_dim), np.float32)  # attention's output
+        self.scores = np.zeros((n_tok_max, c.n_ff), np.float32)  # of the predictor
         self.mask = np.zeros((n_tok_max, c.n_ff), np.uint8)  # 1: neuron predicted for the token
+        # Of the neurons that the FFN computed: 0 silent, FIRED, or HALF_FIRED.
+        self.fired = np.zeros((n_tok_max, c.n_ff), np.uint8)
+        self.truth = np.zeros(c.n_ff, np.uint8)  # the same of all neurons, for an audited token
         self.logits = np.zeros((n_out_max, c.n_vocab), np.float32)
-        # Since the last reset, per layer: tokens, rows of the decider read, neurons that fired;
-        # each summed over tokens.
-        self.counts = np.zeros((c.n_layer, 3), np.int64)
+        # Since the last reset, per layer and summed over tokens; the columns are COUNTS.
+        self.counts = np.zeros((c.n_layer, len(COUNTS)), np.int64)
 
 
 def rope_table(c: ModelConfig, context: int, factors: np.ndarray | None) -> np.ndarray:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
 
-from .config import ModelConfig
+from .config import ModelConfig, model_config
 from .errors import ModelError
 from .formats import COMPUTE_TYPES, GGMLType
 from .gguf import GGUFFile, Tensor
@@ -60,6 +61,22 @@ class Weights:
     def is_transposed(self) -> bool:
         """Whether down projections are stored one neuron a row, as sparse modes need."""
         return all(layer.down_t is not None for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model file, opened and checked."""
+
+    file: GGUFFile
+    config: ModelConfig
+    weights: Weights
+
+
+def load_model(path: str | os.PathLike[str]) -> Model:
+    """Open a model file; the errors of GGUFFile, model_config and load_weights."""
+    file = GGUFFile(path)
+    config = model_config(file)
+    return Model(file, config, load_weights(file, config))
 
 
 def load_weights(file: GGUFFile, config: ModelConfig) -> Weights:

@@ -88,7 +88,7 @@ def compare_operators(path, rounds, mode, n_tok):
     ids = tiny.token_ids()[: 4 + n_tok]
     for engine in pair.engines:
         sequence = Sequence()
-        engine._feed(sequence, ids[:4], [], np.zeros(3, np.int64))
+        engine._feed(sequence, ids[:4], [], engine._no_counts())
         plan = engine._plan
         plan.cache.extend(sequence, n_tok)
         plan.step.fill([(sequence, ids[4:])])
@@ -131,6 +131,7 @@ def compare_operators(path, rounds, mode, n_tok):
     if mode == "predicted":
         for ops in (pair.ops, pair.reference):
             ops.predict(il)
+        check(a.scores[:n], b.scores[:n], rounds)
         assert np.count_nonzero(a.mask[:n] != b.mask[:n]) <= (2 if rounds else 0)
         assert 0.05 < b.mask[:n].mean() < 0.95
         a.mask[:] = b.mask
@@ -139,7 +140,16 @@ def compare_operators(path, rounds, mode, n_tok):
     check(a.x[:n], b.x[:n], rounds)
     assert a.counts[il, 0] == b.counts[il, 0] == n
     assert a.counts[il, 1] == b.counts[il, 1]
-    assert abs(int(a.counts[il, 2]) - int(b.counts[il, 2])) <= (2 if rounds else 0)
+    slack = 2 if rounds else 0
+    assert np.abs(a.counts[il, 2:] - b.counts[il, 2:]).max() <= slack
+    computed = b.mask[:n] if mode == "predicted" else np.ones_like(b.mask[:n])
+    assert np.count_nonzero(a.fired[:n] * computed != b.fired[:n]) <= slack
+    for plan, ops in ((pair.ours, pair.ops), (pair.theirs, pair.reference)):
+        plan.step.audit[:] = il, n - 1
+        ops.audit(il)
+    assert np.count_nonzero(a.truth != b.truth) <= slack
+    last = computed[n - 1]
+    assert np.array_equal(a.truth * last, a.fired[n - 1] * last)
     a.x[:] = b.x
     for ops in (pair.ops, pair.reference):
         ops.head()

@@ -16,6 +16,7 @@ import math
 
 import numpy as np
 
+from ..step import FIRED, HALF_FIRED
 from .block import MATRIX, layout
 from .jit import arg, inline, job, shared
 from .linear import ADD, ROWS, TOKENS, matmul_task, n_tasks_of
@@ -31,6 +32,7 @@ from .simd import (
     store_f32,
     store_f32x16,
     store_i32,
+    store_u8,
 )
 
 LANES = 16
@@ -47,9 +49,14 @@ ACTIVATIONS = {
 }
 
 FFN = layout(
-    "counts h packs pack_bytes ones mask has_mask is_dense act rows n_rows fired n_fired "
+    "counts h packs pack_bytes ones mask has_mask is_dense act rows n_rows fired active n_active "
     "activation threshold x down_bias lanes totals act_packs act_pack_bytes scratch scratch_bytes "
     "is_transposed decider:MATRIX up:MATRIX down:MATRIX"
+)
+
+AUDIT = layout(
+    "token h packs pack_bytes activation threshold truth scratch scratch_bytes "
+    "decider:MATRIX up:MATRIX"
 )
 
 
@@ -78,29 +85,30 @@ def _product(matrix, row, h, packed, scratch):
 
 @inline
 def _neuron(decider, up, row, h, packed, kind, threshold, is_dense, scratch):
-    """Return whether a neuron fires, and its activation.
+    """Return how a neuron fires (0, FIRED, HALF_FIRED), and its activation.
 
     The row of up is read only if the decider's activation is not 0, or in dense mode.
     """
     g = activate(kind, _product(decider, row, h, packed, scratch), threshold)
-    fires = g != 0
-    if arg(up, MATRIX.data) != 0 and (fires or is_dense != 0):
+    flag = np.uint8(FIRED if g != 0 else 0)
+    if arg(up, MATRIX.data) != 0 and (flag != 0 or is_dense != 0):
         u = _product(up, row, h, packed, scratch)
         if kind == DRELU:
             u = max(u, np.float32(0))
-            fires = fires and u != 0
+            if u == 0 and flag != 0:
+                flag = np.uint8(HALF_FIRED)
         g *= u
-    return fires, g
+    return flag, g
 
 
 @shared
-def _lane(down, n_embd, act, fired, n_fired, lane, y):
+def _lane(down, n_embd, act, active, n_active, lane, y):
     """y [n_embd] = the lane's share of the down projection of one token."""
     fill_zero(y, n_embd)
     type_, data = arg(down, MATRIX.type), arg(down, MATRIX.data)
     row_bytes = arg(down, MATRIX.row_bytes)
-    for i in range(n_fired * lane // LANES, n_fired * (lane + 1) // LANES):
-        row = np.int64(load_i32(fired + 4 * i))
+    for i in range(n_active * lane // LANES, n_active * (lane + 1) // LANES):
+        row = np.int64(load_i32(active + 4 * i))
         axpy(type_, data + row * row_bytes, n_embd, load_f32(act + 4 * row), y)
 
 
@@ -118,16 +126,16 @@ def _add_to(y, x, first, last):
 def ffn(args, control, epoch, thread):
     """x [n_tok, n_embd] += FFN(h); counts what was read and what fired.
 
-    Phases: 0 list the predicted neurons (one token only), 1 decider and up, 2 list the fired ones,
-    3 down by lanes (one token) or by tokens, 4 add the lanes up.
+    Phases: 0 list the predicted neurons (one token only), 1 decider and up, 2 list those that
+    fired, 3 down by lanes (one token) or by tokens, 4 add the lanes up.
     """
     n_tok = np.int64(load_i32(arg(args, FFN.counts)))
     decider, up, down = args + 8 * FFN.decider, args + 8 * FFN.up, args + 8 * FFN.down
     n_ff, n_embd = arg(decider, MATRIX.rows), arg(decider, MATRIX.cols)
     h, packs, size = arg(args, FFN.h), arg(args, FFN.packs), arg(args, FFN.pack_bytes)
     act, mask, has_mask = arg(args, FFN.act), arg(args, FFN.mask), arg(args, FFN.has_mask)
-    rows, fired = arg(args, FFN.rows), arg(args, FFN.fired)
-    n_rows_at, n_fired_at = arg(args, FFN.n_rows), arg(args, FFN.n_fired)
+    rows, fired, active = arg(args, FFN.rows), arg(args, FFN.fired), arg(args, FFN.active)
+    n_rows_at, n_active_at = arg(args, FFN.n_rows), arg(args, FFN.n_active)
     kind, is_dense = arg(args, FFN.activation), arg(args, FFN.is_dense)
     threshold = load_f32(arg(args, FFN.threshold))
     scratch = arg(args, FFN.scratch) + thread * arg(args, FFN.scratch_bytes)
@@ -159,15 +167,15 @@ def ffn(args, control, epoch, thread):
             for i in range(first, last):
                 row = np.int64(load_i32(rows + 4 * i)) if use_list else i
                 for t in range(block, min(block + TOKENS, n_tok)):
-                    fires, value = False, np.float32(0)
+                    flag, value = np.uint8(0), np.float32(0)
                     if has_mask == 0 or load_u8(mask + t * n_ff + row) != 0:
                         h_t, packed = h + t * n_embd * 4, packs + t * size
-                        fires, value = _neuron(
+                        flag, value = _neuron(
                             decider, up, row, h_t, packed, kind, threshold, is_dense, scratch
                         )
                     store_f32(act + 4 * (t * n_ff + row), value)
                     # Whether it fired is not whether act is 0: up may be 0.
-                    store_i32(fired + 4 * (t * n_ff + row), np.int32(fires))
+                    store_u8(fired + t * n_ff + row, flag)
         finish(control, 1)
     if not wait(control, 1, epoch, n_tasks):
         return
@@ -176,23 +184,25 @@ def ffn(args, control, epoch, thread):
         t = take(control, 2, epoch, n_tok)
         if t < 0:
             break
-        # The flags become the list in place: entry n is written after flag row >= n was read.
-        flags, n, n_active, n_read = fired + t * n_ff * 4, 0, 0, n_rows
+        n, n_up, n_fired, n_read = 0, 0, 0, n_rows
         for i in range(n_rows):
             row = np.int64(load_i32(rows + 4 * i)) if use_list else i
-            flag = np.int64(load_i32(flags + 4 * row))
-            store_i32(flags + 4 * n, np.int32(row))
-            n_active += flag
-            n += flag if is_dense == 0 else 1  # the control takes all rows, for nothing
+            flag = load_u8(fired + t * n_ff + row)
+            store_i32(active + 4 * (t * n_ff + n), np.int32(row))
+            n_up += np.int64(flag != 0)
+            n_fired += np.int64(flag == FIRED)
+            # The control takes all rows, for nothing.
+            n += 1 if is_dense != 0 else np.int64(flag == FIRED)
         if has_mask != 0 and not use_list:
             n_read = np.int64(0)
             for row in range(n_ff):
                 n_read += np.int64(load_u8(mask + t * n_ff + row))
-        store_i32(n_fired_at + 4 * t, np.int32(n))
+        store_i32(n_active_at + 4 * t, np.int32(n))
         totals = arg(args, FFN.totals)
         atomic_add(totals, 1)
         atomic_add(totals + 8, n_read)
-        atomic_add(totals + 16, n_active)
+        atomic_add(totals + 16, n_up)
+        atomic_add(totals + 24, n_fired)
         finish(control, 2)
     if not wait(control, 2, epoch, n_tok):
         return
@@ -227,11 +237,11 @@ def ffn(args, control, epoch, thread):
             t = take(control, 3, epoch, n_tok)
             if t < 0:
                 break
-            n_fired = np.int64(load_i32(n_fired_at + 4 * t))
+            n_active = np.int64(load_i32(n_active_at + 4 * t))
             at = t * n_ff * 4
-            _lane(down, n_embd, act + at, fired + at, n_fired, 0, total)
+            _lane(down, n_embd, act + at, active + at, n_active, 0, total)
             for lane in range(1, LANES):
-                _lane(down, n_embd, act + at, fired + at, n_fired, lane, y)
+                _lane(down, n_embd, act + at, active + at, n_active, lane, y)
                 _add_to(total, y, 0, n_embd)
             if down_bias != 0:
                 _add_to(total, down_bias, 0, n_embd)
@@ -240,12 +250,12 @@ def ffn(args, control, epoch, thread):
         wait(control, 3, epoch, n_tok)
         return
 
-    lanes, n_fired = arg(args, FFN.lanes), np.int64(load_i32(n_fired_at))
+    lanes, n_active = arg(args, FFN.lanes), np.int64(load_i32(n_active_at))
     while True:
         lane = take(control, 3, epoch, LANES)
         if lane < 0:
             break
-        _lane(down, n_embd, act, fired, n_fired, lane, lanes + lane * n_embd * 4)
+        _lane(down, n_embd, act, active, n_active, lane, lanes + lane * n_embd * 4)
         finish(control, 3)
     if not wait(control, 3, epoch, LANES):
         return
@@ -262,3 +272,26 @@ def ffn(args, control, epoch, thread):
         _add_to(x, lanes, first, last)
         finish(control, 4)
     wait(control, 4, epoch, n_tasks)
+
+
+@job
+def audit(args, control, epoch, thread):
+    """truth [n_ff] = how each neuron fires for the audited token, all of them computed."""
+    t = np.int64(load_i32(arg(args, AUDIT.token)))
+    decider, up = args + 8 * AUDIT.decider, args + 8 * AUDIT.up
+    n_ff, n_embd = arg(decider, MATRIX.rows), arg(decider, MATRIX.cols)
+    h = arg(args, AUDIT.h) + t * n_embd * 4
+    packed = arg(args, AUDIT.packs) + t * arg(args, AUDIT.pack_bytes)
+    threshold = load_f32(arg(args, AUDIT.threshold))
+    scratch = arg(args, AUDIT.scratch) + thread * arg(args, AUDIT.scratch_bytes)
+    n_tasks = n_tasks_of(decider)
+    while True:
+        task = take(control, 0, epoch, n_tasks)
+        if task < 0:
+            break
+        for row in range(task * ROWS, min((task + 1) * ROWS, n_ff)):
+            kind = arg(args, AUDIT.activation)
+            flag, _ = _neuron(decider, up, row, h, packed, kind, threshold, 0, scratch)
+            store_u8(arg(args, AUDIT.truth) + row, flag)
+        finish(control, 0)
+    wait(control, 0, epoch, n_tasks)

@@ -165,14 +165,14 @@ def out_add(args, control, epoch, thread):
 # -- predictor --------------------------------------------------------------------------------
 
 PREDICT = layout(
-    "counts x packs pack_bytes is_packed ones hidden hidden_packs hidden_pack_bytes mask "
-    "threshold scratch scratch_bytes fc1:MATRIX fc2:MATRIX"
+    "counts rows x packs pack_bytes is_packed ones hidden hidden_packs hidden_pack_bytes scores "
+    "mask thresholds n_layer scratch scratch_bytes fc1:MATRIX fc2:MATRIX"
 )
 
 
 @job
 def predict(args, control, epoch, thread):
-    """mask [n_tok, n_ff] = fc2 . relu(fc1 . x) + bias >= threshold; x is x or h.
+    """scores [n_tok, n_ff] = fc2 . relu(fc1 . x) + bias, mask = scores >= threshold; x: x or h.
 
     Reads fc1 [rank, n_embd] and fc2 [n_ff, rank] once for every TOKENS tokens.
     """
@@ -221,7 +221,8 @@ def predict(args, control, epoch, thread):
         return
 
     n_tasks = n_tasks_of(fc2)
-    threshold = load_f32(arg(args, PREDICT.threshold))
+    # One threshold for each sequence, in rows of one for each layer; ours is the first.
+    thresholds, stride = arg(args, PREDICT.thresholds), 4 * arg(args, PREDICT.n_layer)
     n_ff, bias = arg(fc2, MATRIX.rows), arg(fc2, MATRIX.bias)
     while True:
         task = take(control, 3, epoch, n_tasks)
@@ -237,8 +238,11 @@ def predict(args, control, epoch, thread):
                     )
                     if bias != 0:
                         score += load_f32(bias + 4 * row)
-                    at = arg(args, PREDICT.mask) + t * n_ff + row
-                    store_u8(at, np.uint8(score >= threshold))
+                    sequence = np.int64(load_i32(arg(args, PREDICT.rows) + 4 * t))
+                    is_predicted = score >= load_f32(thresholds + sequence * stride)
+                    at = t * n_ff + row
+                    store_f32(arg(args, PREDICT.scores) + 4 * at, score)
+                    store_u8(arg(args, PREDICT.mask) + at, np.uint8(is_predicted))
         finish(control, 3)
     wait(control, 3, epoch, n_tasks)
 

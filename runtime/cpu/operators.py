@@ -29,6 +29,7 @@ _JOBS = (
     attention.qkv,
     attention.attend,
     ffn.ffn,
+    ffn.audit,
 )
 
 
@@ -94,13 +95,13 @@ class CPU:
         neurons = {
             "rows": self._ints(c.n_ff),
             "n_rows": self._ints(1),
-            "fired": self._ints(n_tok, c.n_ff),
-            "n_fired": self._ints(n_tok),
+            "fired": b.fired,
+            "active": self._ints(n_tok, c.n_ff),
+            "n_active": self._ints(n_tok),
         }
         lanes = self._floats(ffn.LANES, c.n_embd)
         scale = self._keeping(np.array([1 / np.sqrt(c.head_dim)], np.float32))
         activation_threshold = self._keeping(np.array([c.activation_threshold], np.float32))
-        thresholds = self._keeping(np.array(plan.thresholds, np.float32))
 
         self._embed = build(
             linear.EMBED,
@@ -129,6 +130,7 @@ class CPU:
         self._ffn_norm: list[Block] = []
         self._predict: list[Block] = []
         self._ffn: list[Block] = []
+        self._audit: list[Block] = []
         for il, layer in enumerate(w.layers):
             cache = {"k_cache": plan.cache.k[il], "v_cache": plan.cache.v[il], "kv_type": kv_type}
             self._qkv.append(
@@ -192,6 +194,7 @@ class CPU:
                     build(
                         linear.PREDICT,
                         counts=step.counts,
+                        rows=step.rows,
                         x=b.h if is_normed else b.x,
                         packs=packed_embd["packs"] if is_normed else residual_packs,
                         pack_bytes=pack_bytes(c.n_embd),
@@ -200,8 +203,10 @@ class CPU:
                         hidden=hidden,
                         hidden_packs=hidden_packs,
                         hidden_pack_bytes=pack_bytes(rank),
+                        scores=b.scores,
                         mask=b.mask,
-                        threshold=thresholds[il : il + 1],
+                        thresholds=step.thresholds[:, il:],
+                        n_layer=c.n_layer,
                         fc1=matrix(layer.fc1),
                         fc2=matrix(layer.fc2, layer.fc2_bias),
                         **scratch,
@@ -233,6 +238,21 @@ class CPU:
                     down=matrix(down, layer.down_bias if layer.down_t is None else None),
                     **packed_embd,
                     **neurons,
+                    **scratch,
+                )
+            )
+            self._audit.append(
+                build(
+                    ffn.AUDIT,
+                    token=step.audit[1:],
+                    h=b.h,
+                    packs=packed_embd["packs"],
+                    pack_bytes=packed_embd["pack_bytes"],
+                    activation=ffn.ACTIVATIONS[c.activation],
+                    threshold=activation_threshold,
+                    truth=b.truth,
+                    decider=matrix(layer.decider, layer.decider_bias),
+                    up=matrix(layer.up, layer.up_bias),
                     **scratch,
                 )
             )
@@ -276,6 +296,9 @@ class CPU:
 
     def ffn(self, il: int) -> None:
         self._run(ffn.ffn, self._ffn[il])
+
+    def audit(self, il: int) -> None:
+        self._run(ffn.audit, self._audit[il])
 
     def head(self) -> None:
         self._run(linear.head, self._head)
