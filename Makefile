@@ -1,16 +1,22 @@
-# make demo: install and write text with the built-in model.  make test, make lint, make fuzz: as they say.
+# make demo: install and write text with the built-in model.  make test, make lint, make fuzz,
+# make demo-model: as they say.
 # Each creates what it needs on a fresh machine: Python 3.11+ with venv and pip.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint fuzz clean
+.PHONY: demo demo-model test lint fuzz clean
 
 demo: .venv/installed
 	$(BIN)/infer --demo -p "In the beginning" -n 64 --temp 0.7 --seed 11
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
+
+# The finished demo model from the checkpoint beside it.
+demo-model: .venv/installed-test
+	$(BIN)/pip install --quiet --editable ".[train]"
+	$(BIN)/python -m powerinfer.tools.demo_model
 
 SECONDS := 60
 fuzz: .venv/installed-test

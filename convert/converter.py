@@ -16,7 +16,7 @@ from ..runtime.config import ARCHITECTURES as ARCHITECTURE_TRAITS
 from ..runtime.config import POSITION_OFFSET
 from ..runtime.errors import FileFormatError, ModelError, shown
 from ..runtime.formats import F32Array, GGMLType
-from ..runtime.gguf import Metadata, Value, ValueType
+from ..runtime.gguf import Metadata, Value
 from ..runtime.gguf_writer import GGUFWriter
 from ..runtime.tokenizer import load_tokenizer
 from . import pwri
@@ -133,17 +133,16 @@ def plan_conversion(
     keys = _model_keys(folder, arch, h, rope)
     if is_pwri and ARCHITECTURE_TRAITS[arch].rope == "none":
         # The original takes the rows of the table of positions, offset and all, for the context.
-        rows = Value(ValueType.UINT32, h.n_ctx + POSITION_OFFSET)
-        keys[f"{arch}.context_length"] = rows
+        keys[f"{arch}.context_length"] = Value.of(h.n_ctx + POSITION_OFFSET)
     keys |= tokenizer_keys(folder, config, h.n_vocab)
     if keys["tokenizer.ggml.model"].value != "gpt2":  # that one needs an extra, later
         load_tokenizer(Metadata(folder, keys))  # whoever runs the file would find the same faults
     if predictor_folder is not None:
         predictors, threshold = _predictor_recipes(predictor_folder, h)
         recipes += predictors
-        keys["powerinfer.predictor_input"] = Value(ValueType.STRING, "residual")
+        keys["powerinfer.predictor_input"] = Value.of("residual")
         if threshold is not None:
-            keys["powerinfer.sparse_threshold"] = Value(ValueType.FLOAT32, threshold)
+            keys["powerinfer.sparse_threshold"] = Value.of(float(threshold))
     return Conversion(arch, keys, recipes, policy, h.warnings, is_pwri)
 
 
@@ -267,41 +266,34 @@ def _predictor_recipes(folder: Path, h: Hyper) -> tuple[list[Recipe], float | No
 
 
 def _model_keys(folder: Path, arch: str, h: Hyper, rope: Rope) -> dict[str, Value]:
-    def u32(value: int) -> Value:
-        return Value(ValueType.UINT32, value)
-
-    def f32(value: float) -> Value:
-        return Value(ValueType.FLOAT32, value)
-
-    def text(value: str) -> Value:
-        return Value(ValueType.STRING, value)
-
     traits = ARCHITECTURE_TRAITS[arch]
     eps = "layer_norm_rms_epsilon" if traits.norm == "rms" else "layer_norm_epsilon"
     keys = {
         # A name that is not Unicode (any bytes are a file name) becomes one.
-        "general.name": text(os.fsencode(folder.resolve().name).decode("utf-8", "replace")),
-        f"{arch}.vocab_size": u32(h.n_vocab),
-        f"{arch}.context_length": u32(h.n_ctx),
-        f"{arch}.embedding_length": u32(h.n_embd),
-        f"{arch}.block_count": u32(h.n_layer),
-        f"{arch}.feed_forward_length": u32(h.n_ff),
-        f"{arch}.attention.head_count": u32(h.n_head),
-        f"{arch}.attention.head_count_kv": u32(h.n_head_kv),
-        f"{arch}.attention.key_length": u32(h.head_dim),
-        f"{arch}.attention.value_length": u32(h.head_dim),
-        f"{arch}.attention.{eps}": f32(h.eps),
-        "powerinfer.ffn_activation": text(h.activation),
-        "powerinfer.neuron_order": text("original"),
+        "general.name": Value.of(os.fsencode(folder.resolve().name).decode("utf-8", "replace")),
+        f"{arch}.vocab_size": Value.of(h.n_vocab),
+        f"{arch}.context_length": Value.of(h.n_ctx),
+        f"{arch}.embedding_length": Value.of(h.n_embd),
+        f"{arch}.block_count": Value.of(h.n_layer),
+        f"{arch}.feed_forward_length": Value.of(h.n_ff),
+        f"{arch}.attention.head_count": Value.of(h.n_head),
+        f"{arch}.attention.head_count_kv": Value.of(h.n_head_kv),
+        f"{arch}.attention.key_length": Value.of(h.head_dim),
+        f"{arch}.attention.value_length": Value.of(h.head_dim),
+        f"{arch}.attention.{eps}": Value.of(h.eps),
+        "powerinfer.ffn_activation": Value.of(h.activation),
+        "powerinfer.neuron_order": Value.of("original"),
     }
     if h.activation_threshold is not None:
-        keys["powerinfer.ffn_activation_threshold"] = f32(h.activation_threshold)
+        keys["powerinfer.ffn_activation_threshold"] = Value.of(h.activation_threshold)
     if arch == "falcon":
-        keys["falcon.tensor_data_layout"] = text("jploski")  # q, k, v apart, as llama.cpp has it
+        keys["falcon.tensor_data_layout"] = Value.of(
+            "jploski"
+        )  # q, k, v apart, as llama.cpp has it
     if traits.rope != "none":
-        keys[f"{arch}.rope.dimension_count"] = u32(h.head_dim)
-        keys[f"{arch}.rope.freq_base"] = f32(rope.freq_base)
+        keys[f"{arch}.rope.dimension_count"] = Value.of(h.head_dim)
+        keys[f"{arch}.rope.freq_base"] = Value.of(rope.freq_base)
     if rope.linear_factor is not None:
-        keys[f"{arch}.rope.scaling.type"] = text("linear")
-        keys[f"{arch}.rope.scaling.factor"] = f32(rope.linear_factor)
+        keys[f"{arch}.rope.scaling.type"] = Value.of("linear")
+        keys[f"{arch}.rope.scaling.factor"] = Value.of(rope.linear_factor)
     return keys

@@ -22,6 +22,10 @@ from .runtime.errors import PowerInferError
 COMMANDS = {
     "convert": "a Hugging Face checkpoint (and predictors) -> GGUF",
     "quantize": "a GGUF file -> the same in a smaller type",
+    "profile": "count who fires on a text; hot neurons first",
+    "train-predictors": "predictors for a model, from a text",
+    "perplexity": "quality on a text, KL divergence, recall",
+    "heat": "a picture of who fires",
     "infer": "continue a prompt",
     "inspect": "show what is in a file",
 }
@@ -32,7 +36,7 @@ def run_command(name: str, argv: Sequence[str], prog: str) -> int:
     _open_standard_streams()
     _end_on_signals()
     try:
-        module = importlib.import_module(f"{__package__}.commands.{name}")
+        module = importlib.import_module(f"{__package__}.commands.{name.replace('-', '_')}")
         parser = argparse.ArgumentParser(prog=prog, description=module.__doc__)
         module.add_arguments(parser)
         args = parser.parse_args(argv)
@@ -79,7 +83,7 @@ def _end_on_signals() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `powerinfer SUBCOMMAND ...`."""
-    commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    commands = "\n".join(f"  {name:<16} {what}" for name, what in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="powerinfer",
         usage="powerinfer COMMAND ...   (powerinfer COMMAND -h for its options)",

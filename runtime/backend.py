@@ -35,6 +35,7 @@ class Backend(Protocol):
     """The operators, in the order in which a token meets them."""
 
     name: str
+    plan: Plan
 
     def embed(self) -> None:
         """x = embedding of each token."""

@@ -61,6 +61,7 @@ class ModelConfig:
     layer_thresholds: tuple[float, ...] | None
     predictor_input: Literal["residual", "normed"]
     neuron_order: Literal["original", "hot-first"]
+    target_recall: float | None  # what thresholds were calibrated for; None: not known
 
     def threshold(self, il: int) -> float:
         """Return the predictor threshold of layer `il`."""
@@ -144,7 +145,15 @@ def model_config(file: GGUFFile) -> ModelConfig:
         layer_thresholds=None if thresholds is None else tuple(float(t) for t in thresholds),
         predictor_input="normed" if predictor_input == "normed" else "residual",
         neuron_order="hot-first" if neuron_order == "hot-first" else "original",
+        target_recall=(
+            file.get_float("powerinfer.calibration.target_recall")
+            if "powerinfer.calibration.target_recall" in file.metadata
+            else None
+        ),
     )
+    target = config.target_recall
+    if target is not None and not 0 < target < 1:
+        raise ModelError(f"{file.path}: a target recall of {target:g} is not between 0 and 1")
     if config.n_head % config.n_head_kv:
         raise ModelError(f"{file.path}: {n_head} heads do not share {config.n_head_kv} kv heads")
     if activation == "fatrelu" and config.activation_threshold <= 0:
@@ -181,6 +190,7 @@ class RunOptions:
     kv_type: Literal["auto", "f32", "f16"] = "auto"  # auto: f32 for F32 weights, else f16
     sparse_threshold: float | None = None  # overrides the file's
     vram_budget: float | None = None  # GiB; accepted for machines with a GPU
+    adapt: bool = True  # generate() moves calibrated thresholds with the text (runtime/adapt.py)
     chunk: int = 512  # most tokens in one forward pass
 
     def __post_init__(self) -> None:
@@ -203,4 +213,5 @@ class RunOptions:
         check("sparse_threshold", threshold is None or is_number, "a number")
         is_size = isinstance(budget, int | float) and 0 <= budget < float("inf")
         check("vram_budget", budget is None or is_size, "0 GiB or more")
+        check("adapt", isinstance(self.adapt, bool), "True or False")
         check("chunk", whole(self.chunk, 1, MAX_CONTEXT), "at least 1")

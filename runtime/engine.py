@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .adapt import Adapter
 from .backend import Backend, Plan
 from .cache import KVCache, Sequence
 from .config import SPARSE_ACTIVATIONS, Mode, ModelConfig, RunOptions
@@ -25,7 +25,7 @@ from .sampling import Sampler, SamplingOptions
 from .step import COUNTS, Buffers, Step, rope_table
 from .tokenizer import StreamDecoder, load_tokenizer
 from .traffic import Traffic, traffic
-from .weights import Model, Weights, load_model
+from .weights import Model, load_model
 
 DEFAULT_CONTEXT = 4096
 N_OUT = 32  # tokens whose logits are computed at once
@@ -71,7 +71,7 @@ class Engine:
                 f"{self.config.n_vocab} in the embedding"
             )
         self.context = _choose_context(self.config, self.options)
-        self.mode = _choose_mode(self.file.path, self.config, self.weights, self.options)
+        self.mode = _choose_mode(model, self.options)
         self._plan = self._make_plan()
         self._ops = _make_backend(self._plan, self.options, notify)
         self.backend = self._ops.name
@@ -132,8 +132,26 @@ class Engine:
 
     # -- running ------------------------------------------------------------------------------
 
+    def adapter(self) -> Adapter | None:
+        """Return what moves the thresholds of a new sequence; None where nothing is to move.
+
+        Only thresholds that were calibrated for a recall are moved: a file's own, unless the
+        options replace them.
+        """
+        o = self.options
+        if not o.adapt or self.mode != "predicted" or o.sparse_threshold is not None:
+            return None
+        if self.config.target_recall is None:
+            return None
+        return Adapter(self.config, self.weights, self._plan.step.file_thresholds)
+
     def _feed(
-        self, sequence: Sequence, ids: SequenceOf[int], outputs: SequenceOf[int], counts: Counts
+        self,
+        sequence: Sequence,
+        ids: SequenceOf[int],
+        outputs: SequenceOf[int],
+        counts: Counts,
+        adapter: Adapter | None = None,
     ) -> F32Array:
         """Run one chunk of new tokens (at most options.chunk) through the model.
 
@@ -148,7 +166,10 @@ class Engine:
             plan.cache.extend(sequence, len(ids))
             plan.step.fill([(sequence, ids)])
             plan.buffers.counts[:] = 0
-            forward(plan, self._ops, self.watcher)
+            watchers: list[Watcher] = [] if self.watcher is None else [self.watcher]
+            if adapter is not None and adapter.prepare(sequence.length - len(ids), len(ids)):
+                watchers.append(adapter)
+            forward(plan, self._ops, watchers)
             for i in range(0, len(outputs), N_OUT):
                 part = outputs[i : i + N_OUT]
                 plan.step.want(part)
@@ -159,6 +180,9 @@ class Engine:
 
     def _no_counts(self) -> Counts:
         return np.zeros((self.config.n_layer, len(COUNTS)), np.int64)
+
+    def _begin(self, adapter: Adapter | None) -> Sequence:
+        return Sequence(thresholds=None if adapter is None else adapter.thresholds)
 
     def _release(self, sequence: Sequence) -> None:
         with self._lock:
@@ -186,30 +210,36 @@ class Engine:
         """
         ids = self._check(ids)
         out = np.empty((len(ids), self.config.n_vocab), np.float32)
-        self._read(ids, self._no_counts(), out)
+        self.read(ids, out)
         return out
 
-    def read(self, ids: SequenceOf[int]) -> Counts:
-        """Run tokens through the model for what the watcher sees; return the FFNs' counts.
+    def read(
+        self,
+        ids: SequenceOf[int],
+        logits: F32Array | None = None,
+        adapter: Adapter | None = None,
+    ) -> Counts:
+        """Run a text through the model and return what its FFNs computed.
 
-        int64 [n_layer, COUNTS], summed over the tokens. RequestError as in logits.
+        int64 [n_layer, COUNTS], summed over the tokens. The logits of every token go to `logits`
+        [len(ids), n_vocab] where given. With an `adapter`, token by token, as if they were
+        generated. RequestError as in logits().
         """
-        counts = self._no_counts()
-        self._read(self._check(ids), counts, None)
-        return counts
-
-    def _read(self, ids: list[int], counts: Counts, logits: F32Array | None) -> None:
-        """Run tokens as one text; their logits go to `logits` [len(ids), n_vocab] if wanted."""
-        sequence, chunk = Sequence(), len(self._plan.step.tokens)
+        ids, counts = self._check(ids), self._no_counts()
+        sequence, chunk = self._begin(adapter), len(self._plan.step.tokens)
+        chunk = chunk if adapter is None else 1
         try:
             for start in range(0, len(ids), chunk):
                 part = ids[start : start + chunk]
                 wanted = range(len(part) if logits is not None else 0)
-                out = self._feed(sequence, part, wanted, counts)
+                out = self._feed(sequence, part, wanted, counts, adapter)
                 if logits is not None:
                     logits[start : start + len(part)] = out
+                if adapter is not None:
+                    adapter.settle()
         finally:
             self._release(sequence)
+        return counts
 
     def generate_tokens(
         self,
@@ -235,15 +265,19 @@ class Engine:
         t = Timings(load_s=self.timings.load_s)
         counts, decode_counts = self._no_counts(), self._no_counts()
         finish_reason = "length"
-        sequence, chunk = Sequence(), len(self._plan.step.tokens)
+        adapter = self.adapter()
+        sequence, chunk = self._begin(adapter), len(self._plan.step.tokens)
         try:
             for start in range(0, len(history), chunk):
                 part = history[start : start + chunk]
                 is_last = start + chunk >= len(history) and max_tokens != 0
                 clock = time.perf_counter()
-                logits = self._feed(sequence, part, [len(part) - 1] if is_last else [], counts)
+                outputs = [len(part) - 1] if is_last else []
+                logits = self._feed(sequence, part, outputs, counts, adapter)
                 t.prompt_tokens += len(part)
                 t.prompt_s += time.perf_counter() - clock
+            if adapter is not None:
+                adapter.settle()  # not before: how the prompt was cut must not matter
             while max_tokens != 0:
                 token = sampler.sample(logits[0], history)
                 if self.tokenizer.is_end(token) and not ignore_eos:
@@ -258,7 +292,9 @@ class Engine:
                     finish_reason = "context"
                     return
                 clock = time.perf_counter()
-                logits = self._feed(sequence, [token], [0], decode_counts)
+                logits = self._feed(sequence, [token], [0], decode_counts, adapter)
+                if adapter is not None:
+                    adapter.settle()
                 t.decode_s += time.perf_counter() - clock
         finally:
             self._release(sequence)
@@ -342,18 +378,23 @@ def _choose_context(config: ModelConfig, options: RunOptions) -> int:
     return options.context or min(config.n_ctx_train, DEFAULT_CONTEXT)
 
 
-def _choose_mode(path: Path, config: ModelConfig, weights: Weights, options: RunOptions) -> Mode:
+def is_sparse(model: Model) -> bool:
+    """Return whether a model can leave neurons out: exact and predicted mode."""
+    return model.config.activation in SPARSE_ACTIVATIONS and model.weights.is_transposed
+
+
+def _choose_mode(model: Model, options: RunOptions) -> Mode:
     """Return the mode asked for, or the best that the model allows."""
-    is_sparse = config.activation in SPARSE_ACTIVATIONS and weights.is_transposed
+    path, weights = model.file.path, model.weights
     if options.mode is None:
-        if not is_sparse:
+        if not is_sparse(model):
             return "dense"
         return "predicted" if weights.has_predictors else "exact"
     if options.mode == "dense":
         return "dense"
-    if not is_sparse:
+    if not is_sparse(model):
         raise RequestError(
-            f"{path} is a dense model (activation {config.activation}, "
+            f"{path} is a dense model (activation {model.config.activation}, "
             f"{'transposed' if weights.is_transposed else 'standard'} down projection): "
             "it can only run with --dense"
         )

@@ -89,6 +89,15 @@ class Value:
     value: Any
     element: ValueType | None = None
 
+    @classmethod
+    def of(cls, value: str | int | float | np.ndarray[Any, Any]) -> Value:
+        """Return a value in the type that the field uses: u32, f32, text, or an array of f32."""
+        if isinstance(value, str):
+            return cls(ValueType.STRING, value)
+        if isinstance(value, np.ndarray):
+            return cls(ValueType.ARRAY, value.astype(np.float32), ValueType.FLOAT32)
+        return cls(ValueType.UINT32 if isinstance(value, int) else ValueType.FLOAT32, value)
+
 
 @dataclass(frozen=True, eq=False)
 class Tensor:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from .backend import Backend, Plan
 
 
 class Watcher(Protocol):
-    """Looks at plan.buffers around every FFN, for profiling and measuring."""
+    """Looks at ops.plan.buffers around every FFN: profiling, measuring, adapting."""
 
-    def before_ffn(self, plan: Plan, il: int) -> None:
-        """x, h, scores and mask of layer il are there; the mask may be changed."""
+    def before_ffn(self, ops: Backend, il: int) -> None:
+        """x, h, scores and mask of layer il are there; it may audit, or change mask."""
 
-    def after_ffn(self, plan: Plan, il: int) -> None:
+    def after_ffn(self, ops: Backend, il: int) -> None:
         """fired is there, x has been added to."""
 
 
-def forward(plan: Plan, ops: Backend, watcher: Watcher | None = None) -> None:
+def forward(plan: Plan, ops: Backend, watchers: Sequence[Watcher] = ()) -> None:
     """Run the tokens of plan.step through all layers; `ops.head()` then gives their logits.
 
     x [n_tok, n_embd] is the residual stream, h what the FFN sees, a the attention's output,
@@ -32,12 +33,10 @@ def forward(plan: Plan, ops: Backend, watcher: Watcher | None = None) -> None:
         ops.ffn_norm(il)  # x -> h
         if plan.mode == "predicted":
             ops.predict(il)  # x or h -> scores, mask
-            if plan.step.audit[0] == il:
-                ops.audit(il)  # h of one token -> truth
-        if watcher is not None:
-            watcher.before_ffn(plan, il)
+        for watcher in watchers:
+            watcher.before_ffn(ops, il)
         ops.ffn(il)  # x += ffn(h)
-        if watcher is not None:
-            watcher.after_ffn(plan, il)
+        for watcher in watchers:
+            watcher.after_ffn(ops, il)
         if plan.config.traits.is_parallel:
             ops.out_add(il)  # Falcon: the FFN has read the layer's input, as attention did

@@ -167,7 +167,7 @@ class Reference:
         b.mask[:n] = b.scores[:n] >= thresholds[:, None]
 
     def audit(self, il: int) -> None:
-        token = self.plan.step.audit[1]
+        token = self.plan.step.audit[0]
         _, self.plan.buffers.truth[:] = self._activations(il, self.plan.buffers.h[token], None)
 
     def _activations(
@@ -192,7 +192,7 @@ class Reference:
         w, n, b = self.plan.weights.layers[il], self.plan.step.n_tok, self.plan.buffers
         is_predicted = self.plan.mode == "predicted"
         act, fired = self._activations(il, b.h[:n], b.mask[:n] if is_predicted else None)
-        b.fired[:n] = fired
+        b.act[:n], b.fired[:n] = act, fired
         if w.down_t is not None:
             y = act @ self._w(w.down_t)  # [n_tok, n_embd]; down rows meet float activations
         else:

@@ -25,8 +25,8 @@ class Step:
     `counts` = [n_tok, n_out]; `tokens`, `positions`, `rows` [n_tok_max]: id, position in its
     sequence, row of the page table; `pages` [n_seq_max, pages of a full context]: page table;
     `outputs` [n_out_max]: which tokens' logits are wanted; `thresholds` float32 [n_seq_max,
-    n_layer]: a neuron is predicted for a token of that row when its score >= this; `audit` =
-    [layer, token]: where Backend.audit looks (layer -1: nowhere).
+    n_layer]: a neuron is predicted for a token of that row when its score >= this; `audit` [1]: the
+    token that Backend.audit looks at.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class Step:
         self.rows = np.zeros(n_tok_max, np.int32)
         self.pages = np.zeros((n_seq_max, -(-context // PAGE)), np.int32)
         self.outputs = np.zeros(n_out_max, np.int32)
-        self.audit = np.array([-1, 0], np.int32)
-        self._thresholds = np.array(thresholds, np.float32)
-        self.thresholds = np.tile(self._thresholds, (n_seq_max, 1))
+        self.audit = np.zeros(1, np.int32)
+        self.file_thresholds = np.array(thresholds, np.float32)
+        self.thresholds = np.tile(self.file_thresholds, (n_seq_max, 1))
 
     @property
     def n_tok(self) -> int:
@@ -68,10 +68,9 @@ class Step:
             self.rows[n:end] = row
             self.pages[row, : len(sequence.pages)] = sequence.pages
             own = sequence.thresholds
-            self.thresholds[row] = self._thresholds if own is None else own
+            self.thresholds[row] = self.file_thresholds if own is None else own
             n = end
         self.counts[0] = n
-        self.audit[0] = -1
 
     def want(self, outputs: SequenceOf[int]) -> None:
         """Choose the tokens (by their index in this step) whose logits the head computes."""
@@ -89,7 +88,8 @@ class Buffers:
         self.a = np.zeros((n_tok_max, c.n_head * c.head_dim), np.float32)  # attention's output
         self.scores = np.zeros((n_tok_max, c.n_ff), np.float32)  # of the predictor
         self.mask = np.zeros((n_tok_max, c.n_ff), np.uint8)  # 1: neuron predicted for the token
-        # Of the neurons that the FFN computed: 0 silent, FIRED, or HALF_FIRED.
+        # Of the neurons that the FFN computed: their activations; 0 silent, FIRED, or HALF_FIRED.
+        self.act = np.zeros((n_tok_max, c.n_ff), np.float32)
         self.fired = np.zeros((n_tok_max, c.n_ff), np.uint8)
         self.truth = np.zeros(c.n_ff, np.uint8)  # the same of all neurons, for an audited token
         self.logits = np.zeros((n_out_max, c.n_vocab), np.float32)

@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 import torchfile
 from powerinfer.convert.converter import plan_conversion, write_conversion
+from powerinfer.predictors.measure import log_softmax
 from powerinfer.quantize.encoder import quantize_file
 from powerinfer.quantize.policy import TARGETS, Policy, parse_type
 from powerinfer.runtime.formats import BLOCK_SIZES, GGMLType, decode, encode
 from powerinfer.runtime.gguf import GGUFFile
 from powerinfer.runtime.gguf_writer import GGUFWriter
-from powerinfer.tools.quality import log_softmax
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "tools" / "demo"

@@ -150,17 +150,10 @@ def test_a_reader_that_leaves(demo_gguf):
     assert b"Traceback" not in result.stderr and b"Exception" not in result.stderr
 
 
-def test_demo(tmp_path, monkeypatch, capfd):
-    """--demo makes its model once, under the user's cache directory."""
-    from powerinfer.tools.demo_model import demo_model
-
-    monkeypatch.setattr("powerinfer.tools.demo_model.cache_dir", lambda: tmp_path / "cache")
-    path = demo_model()
-    assert list(path.parent.iterdir()) == [path]
-    made = path.stat().st_mtime_ns
-    code, out, _ = run(capfd, "infer", "--demo", "-p", "In the beginning", "-n", 30, "--temp", 0)
+def test_demo(capfd):
+    code, out, err = run(capfd, "infer", "--demo", "-p", "In the beginning", "-n", 30, "--temp", 0)
     assert code == 0 and out.startswith("In the beginning")
-    assert path.stat().st_mtime_ns == made
+    assert "predicted mode" in err
     words = re.findall(r"[a-z]+", out.lower())
     common = {"the", "and", "of", "in", "god", "lord", "was", "to", "that", "he", "were", "his"}
     assert len(common & set(words)) >= 3  # recognisable English

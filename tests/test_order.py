@@ -7,8 +7,9 @@ import pytest
 import tiny
 import torchfile
 from conftest import kl
-from powerinfer.predictors.legacy import Firing, find_firing, read_activations, read_gpuidx
-from powerinfer.predictors.order import rewrite
+from powerinfer.predictors.legacy import find_firing, read_activations, read_gpuidx
+from powerinfer.predictors.order import Changes, rewrite
+from powerinfer.predictors.profile import Firing
 from powerinfer.runtime.errors import FileFormatError, ModelError, RequestError
 from powerinfer.runtime.formats import GGMLType, encode
 from powerinfer.runtime.gguf import GGUFFile
@@ -38,7 +39,7 @@ def test_order_changes_no_logit(name, outtype, tiny_gguf, tmp_path):
     source = tiny_gguf(name, outtype, True)
     model = tiny.MODELS[name]
     target = tmp_path / "x.gguf"
-    rewrite(source, target, random_firing(model.n_layer, model.n_ff))
+    rewrite(source, target, Changes(random_firing(model.n_layer, model.n_ff)))
     ids = tiny.token_ids()
     for mode in ({}, {"exact": True}, {"dense": True}):
         with powerinfer.open(source, kv_type="f32", **mode) as a:
@@ -51,7 +52,7 @@ def test_order_changes_no_logit(name, outtype, tiny_gguf, tmp_path):
 def test_rows_move_whole(tiny_gguf, tmp_path):
     source, target = GGUFFile(tiny_gguf("bias", "q4_0", True)), tmp_path / "x.gguf"
     firing = random_firing(2, N_FF)
-    rewrite(source.path, target, firing)
+    rewrite(source.path, target, Changes(firing))
     file = GGUFFile(target)
     for il, order in enumerate(firing.orders):
         p = f"blk.{il}."
@@ -64,10 +65,16 @@ def test_rows_move_whole(tiny_gguf, tmp_path):
             assert np.array_equal(file.tensors[p + name].data, source.tensors[p + name].data)
         assert np.array_equal(file.tensors[p + "ffn_perm"].numpy(), order)
         assert (np.diff(file.tensors[p + "ffn_freq"].numpy()) <= 0).all()
-    with pytest.raises(RequestError, match="hot-first order already"):
-        rewrite(target, tmp_path / "y.gguf", firing)
+    again = random_firing(2, N_FF, seed=1)  # by the rows of the file as it is now
+    rewrite(target, tmp_path / "y.gguf", Changes(again))
+    twice = GGUFFile(tmp_path / "y.gguf").tensors
+    for il, (first, second) in enumerate(zip(firing.orders, again.orders, strict=True)):
+        order = twice[f"blk.{il}.ffn_perm"].numpy()
+        assert np.array_equal(order, first[second])
+        name = f"blk.{il}.ffn_gate.weight"
+        assert np.array_equal(twice[name].data, source.tensors[name].data[order])
     with pytest.raises(RequestError, match="is the input itself"):
-        rewrite(target, target, None)
+        rewrite(target, target, Changes(None))
 
 
 def test_upgrade_of_the_originals_files(samples, tmp_path, capfd):

@@ -1,30 +1,55 @@
-"""The built-in demo model: converted and quantised once into the user's cache directory."""
+"""The built-in demo model: a file of this package, and how it is made from its checkpoint.
+
+python -m powerinfer.tools.demo_model        (or: make demo-model; needs torch, a quarter hour)
+"""
 
 from __future__ import annotations
 
-import hashlib
-from importlib.resources import as_file, files
+import shutil
+import tempfile
+from importlib.resources import files
 from pathlib import Path
 
-from .. import __version__
-from ..convert.converter import plan_conversion, write_conversion
-from ..quantize.policy import Policy
-from ..runtime.formats import GGMLType
-from ..runtime.paths import cache_dir
+NAME = "demo.q4_0.gguf"
+
+
+def demo_folder() -> Path:
+    """Return the directory with the demo's checkpoint, texts and finished model."""
+    return Path(str(files(__package__) / "demo"))
 
 
 def demo_model() -> Path:
-    """Return the path of the demo model as q4_0, making it first where it is not there yet.
+    """Return the path of the demo model: q4_0, hot-first, with predictors."""
+    return demo_folder() / NAME
 
-    The name carries a hash of the checkpoint and this program's version, so that neither an
-    older program nor an older checkpoint leaves a stale model behind.
-    """
-    with as_file(files(__package__) / "demo") as folder:
-        digest = hashlib.sha256(__version__.encode())
-        digest.update((folder / "model.safetensors").read_bytes())
-        target = cache_dir() / f"demo-{digest.hexdigest()[:12]}.q4_0.gguf"
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            conversion = plan_conversion(folder, None, Policy(GGMLType.Q4_0), dense=False)
-            write_conversion(conversion, target)
-    return target
+
+def build(folder: Path) -> None:
+    """Make the model from the checkpoint in `folder` with the commands that users have."""
+    from ..__main__ import main as powerinfer
+
+    text = str(folder / "calibration.txt")
+    with tempfile.TemporaryDirectory() as name:
+        plain, hot, done = (str(Path(name) / f"{word}.gguf") for word in ("plain", "hot", "done"))
+        for command in (
+            ["convert", str(folder), "--outfile", plain, "--outtype", "q4_0"],
+            ["profile", plain, "-f", text, "-n", "100000", "-o", hot],
+            [
+                "train-predictors",
+                hot,
+                "-f",
+                text,
+                "-n",
+                "100000",
+                "--method",
+                "trained",
+                "-o",
+                done,
+            ],
+        ):
+            if powerinfer(command) != 0:
+                raise SystemExit(1)
+        shutil.copyfile(done, folder / NAME)
+
+
+if __name__ == "__main__":
+    build(demo_folder())

@@ -1,7 +1,8 @@
 """Train the built-in demo model: a small ReLU-Llama on the King James Bible, on the CPU.
 
 Development tool (needs torch, transformers, sentencepiece; see the `dev` extra). It writes a
-Hugging Face checkpoint (fp16), its SentencePiece tokenizer, a held-out text and a model card:
+Hugging Face checkpoint (fp16), its SentencePiece tokenizer, a held-out text, a calibration text
+and a model card:
 
     python -m powerinfer.tools.train_demo --out tools/demo
 
@@ -109,6 +110,9 @@ def train(args: argparse.Namespace) -> None:
         chapters = bible_chapters()
     train_chapters, held_chapters = split_chapters(chapters)
     (out / "heldout.txt").write_text("\n".join(held_chapters), encoding="utf-8")
+    # For profiling and predictors: text that the model knows, apart from what it is judged by.
+    calibration = train_chapters[7::20]
+    (out / "calibration.txt").write_text("".join(calibration), encoding="utf-8")
     train_tokenizer(train_chapters, out)
     stream = encode(train_chapters, out / "tokenizer.model")
     held = encode(held_chapters, out / "tokenizer.model")
@@ -266,7 +270,7 @@ trained from scratch by `tools/train_demo.py`.
 
 - Data: the King James Bible from Debian's `bible-kjv-text` (public domain), one verse a line,
   one document a chapter; {n_train} training tokens. Every {HELD_OUT_EVERY}th chapter is held out
-  ({n_held} tokens, `heldout.txt`).
+  ({n_held} tokens, `heldout.txt`); every 20th of the others is `calibration.txt`.
 - Tokenizer: SentencePiece BPE, {VOCAB_SIZE} pieces, byte fallback, identity normalisation.
 - Training: {args.steps} steps of {args.batch} x {CONTEXT} tokens, AdamW, peak learning rate
   {args.lr}, residual dropout {args.dropout}, L1 on relu(gate) steered so that a share of
@@ -274,6 +278,7 @@ trained from scratch by `tools/train_demo.py`.
 - Training loss {train_loss:.3f} nats a token (with dropout); held-out loss {held_loss:.3f},
   held-out perplexity {math.exp(held_loss):.2f}.
 - Licence: MIT, like the rest of this repository. It knows one book and nothing else.
+- `demo.q4_0.gguf` is this checkpoint, quantised, hot-first, with predictors: `make demo-model`.
 
 | layer | share of neurons that fire (held-out text) |
 |---|---|

@@ -17,6 +17,7 @@ from ..convert.pwri import PwriPolicy
 from ..quantize.policy import TARGETS, Policy, parse_type
 from ..runtime.config import DENSE_ACTIVATIONS, SPARSE_ACTIVATIONS, model_config
 from ..runtime.gguf import GGUFFile
+from .arguments import beside
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,18 +86,18 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def _upgrade(source: Path, target: Path | None) -> int:
     """Rewrite a model file as one of ours, hot-first if somebody counted who fires."""
     from ..predictors.legacy import find_firing
-    from ..predictors.order import rewrite
+    from ..predictors.order import Changes, rewrite
 
     file = GGUFFile(source)
     config = model_config(file)
     firing = find_firing(source, config.n_layer, config.n_ff)
-    target = target or source.with_name(f"{source.name.removesuffix('.gguf')}.upgraded.gguf")
+    target = target or beside(source, "upgraded")
     if firing is None:
         print("no activation/ and no .generated.gpuidx beside it: the order stays", file=sys.stderr)
     else:
         print(f"firing order from {firing.source}", file=sys.stderr)
     total = sum(tensor.nbytes for tensor in file.tensors.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="rewriting") as bar:
-        rewrite(source, target, firing, bar.update)
+        rewrite(source, target, Changes(firing), bar.update)
     print(f"wrote {target} ({target.stat().st_size / 2**20:.1f} MiB)", file=sys.stderr)
     return 0

@@ -14,16 +14,7 @@ from ..runtime.engine import Engine
 from ..runtime.errors import RequestError, shown
 from ..runtime.paths import regular
 from ..runtime.sampling import SamplingOptions
-
-
-def _at_least(low: int) -> Any:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value} is below {low}")
-        return value
-
-    return parse
+from .arguments import at_least, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-p", "--prompt", default=None, help="the text to continue")
     add("-f", "--file", type=Path, help="read the prompt from a file")
     add("-e", "--escape", action="store_true", help=r"\n, \t, \\ ... in the prompt are escapes")
-    add("-n", "--n-predict", type=_at_least(-1), default=128, help="tokens (-1: until the end)")
-    add("-c", "--ctx-size", type=_at_least(1), help="context (default: trained, at most 4096)")
-    add("-t", "--threads", type=_at_least(1), help="threads (default: physical cores)")
+    add("-n", "--n-predict", type=at_least(-1), default=128, help="tokens (-1: until the end)")
+    add("-c", "--ctx-size", type=at_least(1), help="context (default: trained, at most 4096)")
+    add("-t", "--threads", type=at_least(1), help="threads (default: physical cores)")
     add("--backend", choices=["auto", "numpy", "cpu"], default="auto", help="numpy: the reference")
     add("--kv-type", choices=["auto", "f32", "f16"], default="auto", help="type of the KV cache")
     add("--no-echo", action="store_true", help="do not print the prompt")
@@ -44,11 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--exact", action="store_true", help="no predictor: lossless sparsity")
     mode.add_argument("--dense", action="store_true", help="compute everything")
     add("--sparse-threshold", type=float, help="predictor scores at or above it count as firing")
+    add("--no-adapt", action="store_true", help="keep the predictors' thresholds of the file")
     add("--vram-budget", type=float, metavar="GiB", help="GPU memory to use")
     add("-ngl", "--n-gpu-layers", type=int, help=argparse.SUPPRESS)
 
     defaults = SamplingOptions()
-    add("-s", "--seed", type=_at_least(-1), default=-1, help="of the draws (-1: random)")
+    add("-s", "--seed", type=at_least(-1), default=-1, help="of the draws (-1: random)")
     add("--temp", type=float, default=defaults.temperature, help="0: the most likely token")
     add("--top-k", type=int, default=defaults.top_k, help="0: off")
     add("--top-p", type=float, default=defaults.top_p, help="1: off")
@@ -82,15 +74,17 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         from ..tools.demo_model import demo_model
 
         model = demo_model()
-    _say(f"loading {model}")
+    say(f"loading {model}")
     if args.vram_budget:
-        _say("no GPU engine in this version: running on the CPU")
-    with Engine(model, options, notify=_say) as engine:
+        say("no GPU engine in this version: running on the CPU")
+    with Engine(model, options, notify=say) as engine:
         c = engine.config
-        _say(
+        say(
             f"{shown(c.name)[1:-1]}: {c.arch}, {c.n_layer} layers, n_embd {c.n_embd}, "
             f"n_ff {c.n_ff}; context {engine.context}, {engine.mode} mode, {engine.backend} backend"
         )
+        if engine.mode == "exact" and not engine.weights.has_predictors:
+            say("no predictors: powerinfer profile and train-predictors make such files faster")
         return _stream(args, engine, prompt, sampling)
 
 
@@ -114,12 +108,12 @@ def _stream(args: argparse.Namespace, engine: Engine, prompt: str, sampling: dic
     except KeyboardInterrupt:
         interrupted = True
         pieces.close()  # type: ignore[attr-defined]  # a generator: note its timings
-    _say("")
+    say("")
     if interrupted:
-        _say("interrupted")
+        say("interrupted")
     elif engine.finish_reason == "context":
-        _say(f"the context of {engine.context} tokens is full (raise it with -c)")
-    _say(_timing_block(engine))
+        say(f"the context of {engine.context} tokens is full (raise it with -c)")
+    say(_timing_block(engine))
     return 130 if interrupted else 0
 
 
@@ -131,14 +125,15 @@ def _timing_block(engine: Engine) -> str:
 
     # The first new token comes out of the prompt's pass: decoding starts with the second.
     decoded = max(t.decode_tokens - 1, 0)
-    return "\n".join(
-        [
-            f"load    {t.load_s * 1000:9.1f} ms",
-            f"prompt  {rate(t.prompt_tokens, t.prompt_s)}  ({t.prompt_tokens} tokens)",
-            f"decode  {rate(decoded, t.decode_s)}  ({t.decode_tokens} tokens)",
-            f"neurons {t.rows_share:9.1%} computed, {t.fired_share:.1%} fired",
-        ]
-    )
+    lines = [
+        f"load    {t.load_s * 1000:9.1f} ms",
+        f"prompt  {rate(t.prompt_tokens, t.prompt_s)}  ({t.prompt_tokens} tokens)",
+        f"decode  {rate(decoded, t.decode_s)}  ({t.decode_tokens} tokens)",
+        f"neurons {t.rows_share:9.1%} computed, {t.fired_share:.1%} fired",
+    ]
+    if t.traffic is not None:
+        lines.append(f"weights {t.traffic.total / 2**20:9.1f} MiB a token")
+    return "\n".join(lines)
 
 
 def _unescape(match: re.Match[str]) -> str:
@@ -146,10 +141,6 @@ def _unescape(match: re.Match[str]) -> str:
     if match[1][0] == "x":
         return chr(int(match[1][1:], 16))
     return dict(zip("nrtabfv0'\"\\", "\n\r\t\a\b\f\v\0'\"\\", strict=True))[match[1]]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -175,6 +166,7 @@ def _options(args: argparse.Namespace) -> RunOptions:
         kv_type=args.kv_type,
         sparse_threshold=args.sparse_threshold,
         vram_budget=args.vram_budget,
+        adapt=not args.no_adapt,
     )
 
 

@@ -46,7 +46,7 @@ class CPU:
     ) -> None:
         load_jobs(_JOBS, notify)
         self.pool = Pool(threads or physical_cores())
-        self._plan = plan
+        self.plan = plan
         self._keep: list[np.ndarray] = []  # memory that blocks point to
         c, w, b, step = plan.config, plan.weights, plan.buffers, plan.step
         n_tok, n_out = len(step.tokens), len(step.outputs)
@@ -90,7 +90,6 @@ class CPU:
         a_packs = self._bytes(n_tok * pack_bytes(q_dim))
         hidden = self._floats(n_tok, rank)
         hidden_packs = self._bytes(n_tok * pack_bytes(rank))
-        act = self._floats(n_tok, c.n_ff)
         act_packs = self._bytes(n_tok * pack_bytes(c.n_ff) if standard_down else 0)
         neurons = {
             "rows": self._ints(c.n_ff),
@@ -222,7 +221,7 @@ class CPU:
                     mask=b.mask,
                     has_mask=plan.mode == "predicted",
                     is_dense=plan.mode == "dense",
-                    act=act,
+                    act=b.act,
                     activation=ffn.ACTIVATIONS[c.activation],
                     threshold=activation_threshold,
                     x=b.x,
@@ -244,7 +243,7 @@ class CPU:
             self._audit.append(
                 build(
                     ffn.AUDIT,
-                    token=step.audit[1:],
+                    token=step.audit,
                     h=b.h,
                     packs=packed_embd["packs"],
                     pack_bytes=packed_embd["pack_bytes"],

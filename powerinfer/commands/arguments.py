@@ -1,0 +1,38 @@
+"""What the command lines have in common."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """Return an argparse type: a whole number not below `low`."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is below {low}")
+        return value
+
+    return parse
+
+
+def say(text: str) -> None:
+    """Tell the user something; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def beside(source: Path, word: str) -> Path:
+    """Return the default name of an output: model.gguf -> model.WORD.gguf."""
+    return source.with_name(f"{source.name.removesuffix('.gguf')}.{word}.gguf")
+
+
+def share(text: str) -> float:
+    """Parse a share between 0 and 1, as 0.95 or 95%."""
+    value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value

@@ -1,0 +1,115 @@
+"""Predictors that follow the text: audits find their real recall, thresholds move to hold it.
+
+Now and then one layer's decider is computed for all neurons of one token. The scores that the
+predictor gave to those that fire say which threshold would have let the wanted share of them pass.
+Which token is audited in which layer depends on its number in the sequence alone, so a run repeats
+exactly, whatever the threads and the chunks of its prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import numpy as np
+
+from .backend import Backend
+from .config import ModelConfig
+from .formats import F32Array
+from .step import FIRED
+from .weights import Weights
+
+SHARE = 0.01  # of the bytes read that audits may cost, in the long run
+CREDIT = 100  # tokens whose audits are held at once when a text begins, one a token
+WINDOW = 16  # audits of a layer that its threshold is set by
+SCATTER = 3.0  # variance of the misses among a token's neurons, against independent ones
+SURE_TO_LOWER, SURE_TO_RAISE = 0.5, 2.0  # standard errors before a threshold moves
+MAX_STEP = 0.5  # of the standard deviation of all scores: how far an audit moves a threshold
+_USUAL_SHARE = 0.15  # of neurons predicted, to estimate what a token reads
+
+
+def audit_interval(weights: Weights) -> int:
+    """Return every how many tokens an audit costs SHARE of what the tokens read."""
+    layer = weights.layers[0]
+    # The decider in full; up where it decides, too (drelu), is read for few neurons.
+    cost = layer.decider.nbytes
+    sparse = [layer.decider, layer.up, layer.down_t]
+    dense = [layer.wq, layer.wk, layer.wv, layer.wo, layer.fc1, layer.fc2]
+    read = sum(t.nbytes for t in dense if t is not None)
+    read += int(_USUAL_SHARE * sum(t.nbytes for t in sparse if t is not None))
+    token = read * len(weights.layers) + weights.output.nbytes
+    return max(1, math.ceil(cost / (SHARE * token)))
+
+
+class Adapter:
+    """The predictor thresholds of one sequence; a Watcher that audits it.
+
+    `thresholds` float32 [n_layer] changes only in settle(), between forward passes.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, thresholds: F32Array) -> None:
+        assert config.target_recall is not None
+        self.thresholds = thresholds.copy()
+        self._miss = 1 - config.target_recall
+        self._interval, self._n_layer = audit_interval(weights), config.n_layer
+        self._scores: list[deque[F32Array]] = [deque(maxlen=WINDOW) for _ in range(self._n_layer)]
+        self._spread = np.zeros(self._n_layer, np.float32)
+        self._heard: set[int] = set()  # layers audited since the last settle()
+        self._due: list[tuple[int, int]] = []  # (token of the pass, layer) to audit
+
+    def _audits_before(self, number: int) -> int:
+        """Return how many audits belong to the first `number` tokens of the sequence.
+
+        The very first token is like no other (attention sink, huge activations): none there.
+        """
+        return min(max(number - 1, 0), (number + CREDIT) // self._interval)
+
+    def layer_for(self, number: int) -> int | None:
+        """Return the layer in which token `number` of the sequence is audited; None: nowhere."""
+        before = self._audits_before(number)
+        return before % self._n_layer if self._audits_before(number + 1) > before else None
+
+    def prepare(self, first: int, n_tok: int) -> bool:
+        """Look which of the next pass's tokens are audited; return whether any is.
+
+        `first`: the number in the sequence of the first of them.
+        """
+        layers = [self.layer_for(first + t) for t in range(n_tok)]
+        self._due = [(t, il) for t, il in enumerate(layers) if il is not None]
+        return bool(self._due)
+
+    def before_ffn(self, ops: Backend, il: int) -> None:
+        step, b = ops.plan.step, ops.plan.buffers
+        for t, layer in self._due:
+            if layer == il:
+                step.audit[0] = t
+                ops.audit(il)
+                self._scores[il].append(b.scores[t, b.truth == FIRED])
+                self._spread[il] = b.scores[t].std()
+                self._heard.add(il)
+
+    def after_ffn(self, ops: Backend, il: int) -> None:
+        pass
+
+    def settle(self) -> None:
+        """Move the thresholds of the layers audited since the last call.
+
+        Only where the recall seen is off the target by more than chance explains.
+        """
+        for il in sorted(self._heard):
+            scores = np.concatenate(self._scores[il])
+            n = len(scores)
+            if n == 0:
+                continue
+            missed = np.count_nonzero(scores < self.thresholds[il]) / n
+            chance = math.sqrt(SCATTER * self._miss * (1 - self._miss) / n)
+            # Too many predicted costs time, too few costs quality: be surer before the latter, and
+            # keep a margin.
+            if -SURE_TO_RAISE * chance < missed - self._miss < SURE_TO_LOWER * chance:
+                continue
+            aim = self._miss if missed > self._miss else max(self._miss - chance, 0)
+            index = int(aim * n)
+            step = np.partition(scores, index)[index] - self.thresholds[il]
+            limit = MAX_STEP * self._spread[il]
+            self.thresholds[il] += np.clip(step, -limit, limit)
+        self._heard.clear()
