@@ -122,7 +122,7 @@ NUMPY_DTYPES: dict[GGMLType, np.dtype[np.generic]] = {
 }
 
 # Types whose dot products round the activations to int8 (DESIGN: activation rounding).
-INTEGER_DOT = frozenset({GGMLType.Q4_0, GGMLType.Q8_0})
+INTEGER_DOT = frozenset({GGMLType.Q4_0, GGMLType.Q8_0, GGMLType.Q6_K})
 # Types that `reference` and `cpu` compute with.
 COMPUTE_TYPES = frozenset(
     {

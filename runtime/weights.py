@@ -53,6 +53,12 @@ class Weights:
     rope_factors: Tensor | None  # [rope_dim / 2]: frequencies are divided by these (llama3)
     layers: tuple[Layer, ...]
 
+    def matrices(self) -> list[Tensor]:
+        """Return every tensor that is a matrix."""
+        layers = [value for layer in self.layers for value in vars(layer).values()]
+        tensors = (t for t in (*vars(self).values(), *layers) if isinstance(t, Tensor))
+        return [t for t in tensors if len(t.shape) == 2]
+
     @property
     def has_predictors(self) -> bool:
         return all(layer.fc1 is not None for layer in self.layers)

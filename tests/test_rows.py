@@ -29,14 +29,10 @@ FLOATS = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 TYPES = sorted(COMPUTE_TYPES)
 
 
-@numba.njit
-def dot(type_, w, n, x, packed, scratch):
-    return rows.dot(type_, w, n, x, packed, scratch)
-
-
-@numba.njit
-def axpy(type_, w, n, a, y):
-    rows.axpy(type_, w, n, a, y)
+def call(kernel, *args):
+    """Call a compiled kernel by its address, as jobs do."""
+    types = [ctypes.c_ssize_t] * len(args)
+    ctypes.CFUNCTYPE(None, *types)(kernel.address)(*args)
 
 
 @numba.njit
@@ -83,11 +79,14 @@ def check_rows():
             if n % 32 == 0:
                 pack(x_at, n, packs.bytes.ctypes.data, one.holding(np.ones(64, np.uint8)))
             seen = round_activations(x) if type_ in INTEGER_DOT else x
-            value = dot(
-                int(type_), row, n, x_at, packs.bytes.ctypes.data, scratch.bytes.ctypes.data
-            )
-            assert abs(value - w @ seen) <= 1e-6 * np.abs(w * seen).sum() + 1e-30, (type_, n)
-            axpy(int(type_), row, n, np.float32(0.7), target.holding(y.view(np.uint8)))
+            value, factor = np.zeros(1, np.float32), np.array([0.7], np.float32)
+            packed, spare = packs.bytes.ctypes.data, scratch.bytes.ctypes.data
+            size, out = raw.size, value.ctypes.data
+            call(rows.DOTS[type_], row, size, n, 0, 1, x_at, packed, spare, out)
+            error = abs(value[0] - w @ seen)
+            assert error <= 1e-6 * np.abs(w * seen).sum() + 1e-30, (type_, n)
+            y_at = target.holding(y.view(np.uint8))
+            call(rows.AXPYS[type_], row, size, n, 0, 1, factor.ctypes.data, y_at)
             expected = y + np.float32(0.7) * w
             error = np.abs(target.bytes.view(np.float32) - expected).max()
             assert error <= 1e-6 * np.abs(expected).max(), (type_, n)
@@ -96,7 +95,39 @@ def check_rows():
 def read_past_the_end():
     """What the fence is for: one weight too many."""
     row, x = Guarded(64), np.zeros(17, np.float32)
-    dot(int(GGMLType.F32), row.holding(np.zeros(64, np.uint8)), 17, x.ctypes.data, 0, 0)
+    at = row.holding(np.zeros(64, np.uint8))
+    call(rows.DOTS[GGMLType.F32], at, 64, 17, 0, 1, x.ctypes.data, 0, 0, x.ctypes.data)
+
+
+def test_lists_of_rows():
+    """Some rows in any order, or all from the first on: the same sums, weighed the same."""
+    rng = np.random.default_rng(11)
+    for type_ in TYPES:
+        n = 2 * max(BLOCK_SIZES[type_][0], 32)
+        if type_ in FLOATS:
+            raw = encode(type_, rng.standard_normal((9, n)).astype(np.float32))
+        else:
+            raw = random_blocks(type_, 9, n, rng)
+        w = decode(type_, raw).astype(np.float64)
+        x, packed = (
+            rng.standard_normal(n).astype(np.float32),
+            np.zeros(rows.pack_bytes(n), np.uint8),
+        )
+        pack(x.ctypes.data, n, packed.ctypes.data, np.ones(64, np.int8).ctypes.data)
+        seen = round_activations(x) if type_ in INTEGER_DOT else x
+        scratch = np.zeros(rows.SCRATCH, np.uint8)
+        listed = np.array([7, 0, 3, 3] + [0] * rows.SLACK, np.int32)
+        for order, where, count in ((range(9), 0, 9), ([7, 0, 3, 3], listed.ctypes.data, 4)):
+            out, y = np.zeros(count, np.float32), np.zeros(n, np.float32)
+            values = rng.standard_normal(count).astype(np.float32)
+            head = raw.ctypes.data, raw.shape[1], n, where, count
+            at = x.ctypes.data, packed.ctypes.data, scratch.ctypes.data, out.ctypes.data
+            call(rows.DOTS[type_], *head, *at)
+            scale = np.abs(w[list(order)] * seen).sum(axis=1).max()
+            np.testing.assert_allclose(out, w[list(order)] @ seen, atol=1e-6 * scale)
+            call(rows.AXPYS[type_], *head, values.ctypes.data, y.ctypes.data)
+            expected = values @ w[list(order)]
+            np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect by ctypes")

@@ -8,9 +8,9 @@ from ..cache import PAGE
 from .block import MATRIX, layout
 from .elementwise import rope_head, softmax_numerators
 from .jit import arg, inline, job
-from .linear import STORE, matmul_task, n_tasks_of, norm_task
+from .linear import STORE, WORK, matmul_task, n_tasks_of, norm_task
 from .pool import finish, take, wait
-from .rows import F16, F32, SCRATCH, axpy, dot, fill_zero
+from .rows import AHEAD, F16, F32, axpy_float, dot_float, fill_zero
 from .simd import (
     load_f32,
     load_f32x16,
@@ -136,19 +136,18 @@ ATTEND = layout(
 
 
 @inline
-def _dot_cached(kv_type, w, n, x, scratch):
-    """The dot product of rows.py, for the two types of a cache only."""
+def _dot_cached(kv_type, w, n, x):
     if kv_type == F16:
-        return dot(F16, w, n, x, x, scratch)
-    return dot(F32, w, n, x, x, scratch)
+        return dot_float(F16, w, n, x, AHEAD)
+    return dot_float(F32, w, n, x, AHEAD)
 
 
 @inline
 def _axpy_cached(kv_type, w, n, a, y):
     if kv_type == F16:
-        axpy(F16, w, n, a, y)
+        axpy_float(F16, w, n, a, y, AHEAD)
     else:
-        axpy(F32, w, n, a, y)
+        axpy_float(F32, w, n, a, y, AHEAD)
 
 
 @job
@@ -165,7 +164,7 @@ def attend(args, control, epoch, thread):
     pages, pages_cols = arg(args, ATTEND.pages), arg(args, ATTEND.pages_cols)
     scale = load_f32(arg(args, ATTEND.scale))
     scratch = arg(args, ATTEND.scratch) + thread * arg(args, ATTEND.scratch_bytes)
-    scores = scratch + SCRATCH
+    scores = scratch + WORK
     group = n_head // n_head_kv
     head_bytes = head_dim * (2 if kv_type == F16 else 4)
     n_tasks = n_tok * n_head_kv
@@ -182,7 +181,7 @@ def attend(args, control, epoch, thread):
             for first in range(0, length, PAGE):
                 k = k_cache + _slot(pages, pages_cols, row, first, head, n_head_kv, head_bytes)
                 for j in range(first, min(first + PAGE, length)):
-                    score = _dot_cached(kv_type, k, head_dim, q, scratch) * scale
+                    score = _dot_cached(kv_type, k, head_dim, q) * scale
                     store_f32(scores + 4 * j, score)
                     k += head_bytes
             total = softmax_numerators(scores, length)

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..gguf import Tensor
+from .rows import AXPYS, DOTS
 
-# Words of a weight matrix [rows, cols]: address, GGMLType, rows, cols, bytes of a row, and the
-# address of its float32 bias (0: none).
-MATRIX: Any = namedtuple("Matrix", "data type rows cols row_bytes bias")(*range(6))
+# Words of a weight matrix [rows, cols]: address, the kernels of its format (rows.DOTS, AXPYS),
+# rows, cols, bytes of a row, and the address of its float32 bias (0: none).
+MATRIX: Any = namedtuple("Matrix", "data dots axpys rows cols row_bytes bias")(*range(7))
 # Words of a norm: its kind, and the addresses of float32 weight, bias (0: none) and epsilon.
 NORM: Any = namedtuple("Norm", "kind weight bias eps")(*range(4))
 _KINDS = {"MATRIX": len(MATRIX), "NORM": len(NORM)}
@@ -47,7 +48,8 @@ def matrix(tensor: Tensor | None, bias: Tensor | None = None) -> list[int]:
         return [0] * len(MATRIX)
     return [
         address(tensor.data),
-        int(tensor.type),
+        DOTS[tensor.type].address,
+        AXPYS[tensor.type].address,
         tensor.rows,
         tensor.cols,
         int(tensor.data.shape[1]),

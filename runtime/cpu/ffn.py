@@ -18,13 +18,14 @@ import numpy as np
 
 from ..step import FIRED, HALF_FIRED
 from .block import MATRIX, layout
-from .jit import arg, inline, job, shared
-from .linear import ADD, ROWS, TOKENS, matmul_task, n_tasks_of
+from .jit import arg, inline, job
+from .linear import ADD, LIST, ROWS, WORK, matmul_task, n_tasks_of, row_dots
 from .pool import finish, take, wait
-from .rows import SCRATCH, axpy, dot, fill_zero, pack
+from .rows import fill_zero, pack
 from .simd import (
     add,
     atomic_add,
+    call_axpys,
     load_f32,
     load_f32x16,
     load_i32,
@@ -50,12 +51,12 @@ ACTIVATIONS = {
 
 FFN = layout(
     "counts h packs pack_bytes ones mask has_mask is_dense act rows n_rows fired active n_active "
-    "activation threshold x down_bias lanes totals act_packs act_pack_bytes scratch scratch_bytes "
-    "is_transposed decider:MATRIX up:MATRIX down:MATRIX"
+    "values activation threshold x down_bias lanes totals act_packs act_pack_bytes scratch "
+    "scratch_bytes is_transposed decider:MATRIX up:MATRIX down:MATRIX"
 )
 
 AUDIT = layout(
-    "token h packs pack_bytes activation threshold truth scratch scratch_bytes "
+    "token h packs pack_bytes activation threshold act truth scratch scratch_bytes "
     "decider:MATRIX up:MATRIX"
 )
 
@@ -74,42 +75,70 @@ def activate(kind, x, threshold):
 
 
 @inline
-def _product(matrix, row, h, packed, scratch):
-    """Return one row of a matrix times h, plus its bias."""
-    w = arg(matrix, MATRIX.data) + row * arg(matrix, MATRIX.row_bytes)
-    value = dot(arg(matrix, MATRIX.type), w, arg(matrix, MATRIX.cols), h, packed, scratch)
-    if arg(matrix, MATRIX.bias) != 0:
-        value += load_f32(arg(matrix, MATRIX.bias) + 4 * row)
-    return value
+def _decide(decider, first, rows, count, h, packed, kind, threshold, act, fired, scratch):
+    """act = activation(rows of the decider . h), fired = whether that is not 0; both by row."""
+    out = row_dots(decider, first, rows, count, h, packed, scratch)
+    for i in range(count):
+        row = np.int64(load_i32(rows + 4 * i)) if rows != 0 else first + i
+        g = activate(kind, load_f32(out + 4 * i), threshold)
+        store_f32(act + 4 * row, g)
+        store_u8(fired + row, np.uint8(FIRED if g != 0 else 0))
 
 
 @inline
-def _neuron(decider, up, row, h, packed, kind, threshold, is_dense, scratch):
-    """Return how a neuron fires (0, FIRED, HALF_FIRED), and its activation.
-
-    The row of up is read only if the decider's activation is not 0, or in dense mode.
-    """
-    g = activate(kind, _product(decider, row, h, packed, scratch), threshold)
-    flag = np.uint8(FIRED if g != 0 else 0)
-    if arg(up, MATRIX.data) != 0 and (flag != 0 or is_dense != 0):
-        u = _product(up, row, h, packed, scratch)
+def _multiply(up, rows, count, h, packed, kind, act, fired, scratch):
+    """act *= listed rows of up . h; drelu: a neuron whose up is negative has not fired."""
+    out = row_dots(up, 0, rows, count, h, packed, scratch)
+    for i in range(count):
+        row, u = np.int64(load_i32(rows + 4 * i)), load_f32(out + 4 * i)
         if kind == DRELU:
             u = max(u, np.float32(0))
-            if u == 0 and flag != 0:
-                flag = np.uint8(HALF_FIRED)
-        g *= u
-    return flag, g
+            if u == 0 and load_u8(fired + row) != 0:
+                store_u8(fired + row, np.uint8(HALF_FIRED))
+        store_f32(act + 4 * row, load_f32(act + 4 * row) * u)
 
 
-@shared
-def _lane(down, n_embd, act, active, n_active, lane, y):
-    """y [n_embd] = the lane's share of the down projection of one token."""
+@inline
+def _lane(args, t, n_active, lane, y, scratch):
+    """y [n_embd] = the lane's share of the down projection of token t.
+
+    Reads the rows of up and of down for the neurons of the list: up may silence some more (drelu),
+    whose rows of down are not read. In the standard layout of down only act is made.
+    """
+    decider, up, down = args + 8 * FFN.decider, args + 8 * FFN.up, args + 8 * FFN.down
+    n_ff, n_embd = arg(decider, MATRIX.rows), arg(decider, MATRIX.cols)
+    act, active = arg(args, FFN.act) + 4 * t * n_ff, arg(args, FFN.active) + 4 * t * n_ff
+    fired, values = arg(args, FFN.fired) + t * n_ff, arg(args, FFN.values) + 4 * t * n_ff
+    h = arg(args, FFN.h) + 4 * t * n_embd
+    packed = arg(args, FFN.packs) + t * arg(args, FFN.pack_bytes)
+    first, last = n_active * lane // LANES, n_active * (lane + 1) // LANES
+    n, n_fired = first, 0
+    for i in range(first, last, ROWS):
+        count, rows = min(ROWS, last - i), active + 4 * i
+        if arg(up, MATRIX.data) != 0:
+            kind = arg(args, FFN.activation)
+            _multiply(up, rows, count, h, packed, kind, act, fired, scratch)
+        for j in range(i, i + count):
+            row = np.int64(load_i32(active + 4 * j))
+            has_fired = load_u8(fired + row) == FIRED
+            n_fired += np.int64(has_fired)
+            if has_fired or arg(args, FFN.is_dense) != 0:  # the control takes all, for nothing
+                store_i32(active + 4 * n, np.int32(row))
+                store_f32(values + 4 * n, load_f32(act + 4 * row))
+                n += 1
+    atomic_add(arg(args, FFN.totals) + 24, n_fired)
     fill_zero(y, n_embd)
-    type_, data = arg(down, MATRIX.type), arg(down, MATRIX.data)
-    row_bytes = arg(down, MATRIX.row_bytes)
-    for i in range(n_active * lane // LANES, n_active * (lane + 1) // LANES):
-        row = np.int64(load_i32(active + 4 * i))
-        axpy(type_, data + row * row_bytes, n_embd, load_f32(act + 4 * row), y)
+    if arg(args, FFN.is_transposed) != 0:
+        call_axpys(
+            arg(down, MATRIX.axpys),
+            arg(down, MATRIX.data),
+            arg(down, MATRIX.row_bytes),
+            n_embd,
+            active + 4 * first,
+            n - first,
+            values + 4 * first,
+            y,
+        )
 
 
 @inline
@@ -122,15 +151,58 @@ def _add_to(y, x, first, last):
         store_f32(y + 4 * i, load_f32(y + 4 * i) + load_f32(x + 4 * i))
 
 
+@inline
+def _by_tokens(args, control, epoch, n_tok, scratch):
+    """Phase 3 for many tokens: each is one task, its lanes added up in the same order as ever."""
+    n_ff = arg(args + 8 * FFN.decider, MATRIX.rows)
+    n_embd = arg(args + 8 * FFN.decider, MATRIX.cols)
+    y, down_bias = scratch + WORK, arg(args, FFN.down_bias)
+    total = y + 4 * n_embd
+    while True:
+        t = take(control, 3, epoch, n_tok)
+        if t < 0:
+            break
+        n_active = np.int64(load_i32(arg(args, FFN.n_active) + 4 * t))
+        fill_zero(total, n_embd)
+        for lane in range(LANES):
+            _lane(args, t, n_active, lane, y, scratch)
+            _add_to(total, y, 0, n_embd)
+        if arg(args, FFN.is_transposed) != 0:
+            if down_bias != 0:
+                _add_to(total, down_bias, 0, n_embd)
+            _add_to(arg(args, FFN.x) + t * n_embd * 4, total, 0, n_embd)
+        elif n_ff % 32 == 0:
+            packs, size = arg(args, FFN.act_packs), arg(args, FFN.act_pack_bytes)
+            pack(arg(args, FFN.act) + t * n_ff * 4, n_ff, packs + t * size, arg(args, FFN.ones))
+        finish(control, 3)
+    wait(control, 3, epoch, n_tok)
+
+
+@inline
+def _standard_down(args, control, epoch, n_tok, scratch):
+    """Phase 4 for the standard layout: act is complete (dense mode), and down a matmul."""
+    down, n_embd = args + 8 * FFN.down, arg(args + 8 * FFN.decider, MATRIX.cols)
+    n_tasks = n_tasks_of(down)
+    while True:
+        task = take(control, 4, epoch, n_tasks)
+        if task < 0:
+            break
+        packs, size = arg(args, FFN.act_packs), arg(args, FFN.act_pack_bytes)
+        act, x = arg(args, FFN.act), arg(args, FFN.x)
+        matmul_task(down, task, n_tok, act, packs, size, x, n_embd, ADD, scratch)
+        finish(control, 4)
+    wait(control, 4, epoch, n_tasks)
+
+
 @job
 def ffn(args, control, epoch, thread):
     """x [n_tok, n_embd] += FFN(h); counts what was read and what fired.
 
-    Phases: 0 list the predicted neurons (one token only), 1 decider and up, 2 list those that
-    fired, 3 down by lanes (one token) or by tokens, 4 add the lanes up.
+    Phases: 0 list the predicted neurons (one token only), 1 decider, 2 list those that fired,
+    3 up and down by lanes (one token) or by tokens, 4 add the lanes up.
     """
     n_tok = np.int64(load_i32(arg(args, FFN.counts)))
-    decider, up, down = args + 8 * FFN.decider, args + 8 * FFN.up, args + 8 * FFN.down
+    decider = args + 8 * FFN.decider
     n_ff, n_embd = arg(decider, MATRIX.rows), arg(decider, MATRIX.cols)
     h, packs, size = arg(args, FFN.h), arg(args, FFN.packs), arg(args, FFN.pack_bytes)
     act, mask, has_mask = arg(args, FFN.act), arg(args, FFN.mask), arg(args, FFN.has_mask)
@@ -162,20 +234,30 @@ def ffn(args, control, epoch, thread):
         task = take(control, 1, epoch, n_tasks)
         if task < 0:
             break
-        first, last = task * ROWS, min((task + 1) * ROWS, n_rows)
-        for block in range(0, n_tok, TOKENS):
-            for i in range(first, last):
-                row = np.int64(load_i32(rows + 4 * i)) if use_list else i
-                for t in range(block, min(block + TOKENS, n_tok)):
-                    flag, value = np.uint8(0), np.float32(0)
-                    if has_mask == 0 or load_u8(mask + t * n_ff + row) != 0:
-                        h_t, packed = h + t * n_embd * 4, packs + t * size
-                        flag, value = _neuron(
-                            decider, up, row, h_t, packed, kind, threshold, is_dense, scratch
-                        )
-                    store_f32(act + 4 * (t * n_ff + row), value)
-                    # Whether it fired is not whether act is 0: up may be 0.
-                    store_u8(fired + t * n_ff + row, flag)
+        first, count = task * ROWS, min(ROWS, n_rows - task * ROWS)
+        for t in range(n_tok):
+            listed, n = np.int64(0), count
+            if use_list:
+                listed = rows + 4 * first
+            elif has_mask != 0:
+                listed, n = scratch + LIST, 0
+                for row in range(first, first + count):
+                    store_i32(listed + 4 * n, np.int32(row))
+                    store_u8(fired + t * n_ff + row, np.uint8(0))
+                    n += np.int64(load_u8(mask + t * n_ff + row))
+            _decide(
+                decider,
+                0 if has_mask != 0 else first,
+                listed,
+                n,
+                h + t * n_embd * 4,
+                packs + t * size,
+                kind,
+                threshold,
+                act + 4 * t * n_ff,
+                fired + t * n_ff,
+                scratch,
+            )
         finish(control, 1)
     if not wait(control, 1, epoch, n_tasks):
         return
@@ -184,15 +266,13 @@ def ffn(args, control, epoch, thread):
         t = take(control, 2, epoch, n_tok)
         if t < 0:
             break
-        n, n_up, n_fired, n_read = 0, 0, 0, n_rows
+        n, n_up, n_read = 0, 0, n_rows
         for i in range(n_rows):
             row = np.int64(load_i32(rows + 4 * i)) if use_list else i
-            flag = load_u8(fired + t * n_ff + row)
+            flag = np.int64(load_u8(fired + t * n_ff + row) != 0)
             store_i32(active + 4 * (t * n_ff + n), np.int32(row))
-            n_up += np.int64(flag != 0)
-            n_fired += np.int64(flag == FIRED)
-            # The control takes all rows, for nothing.
-            n += 1 if is_dense != 0 else np.int64(flag == FIRED)
+            n_up += flag
+            n += 1 if is_dense != 0 else flag
         if has_mask != 0 and not use_list:
             n_read = np.int64(0)
             for row in range(n_ff):
@@ -202,60 +282,23 @@ def ffn(args, control, epoch, thread):
         atomic_add(totals, 1)
         atomic_add(totals + 8, n_read)
         atomic_add(totals + 16, n_up)
-        atomic_add(totals + 24, n_fired)
         finish(control, 2)
     if not wait(control, 2, epoch, n_tok):
         return
 
-    if arg(args, FFN.is_transposed) == 0:
-        # The standard layout: act is complete (dense mode), and down [n_embd, n_ff] a matmul.
-        act_packs, act_size = arg(args, FFN.act_packs), arg(args, FFN.act_pack_bytes)
-        while True:
-            t = take(control, 3, epoch, n_tok)
-            if t < 0:
-                break
-            if n_ff % 32 == 0:
-                pack(act + t * n_ff * 4, n_ff, act_packs + t * act_size, arg(args, FFN.ones))
-            finish(control, 3)
-        if not wait(control, 3, epoch, n_tok):
-            return
-        n_tasks = n_tasks_of(down)
-        while True:
-            task = take(control, 4, epoch, n_tasks)
-            if task < 0:
-                break
-            matmul_task(down, task, n_tok, act, act_packs, act_size, x, n_embd, ADD, scratch)
-            finish(control, 4)
-        wait(control, 4, epoch, n_tasks)
+    if n_tok > 1 or arg(args, FFN.is_transposed) == 0:
+        _by_tokens(args, control, epoch, n_tok, scratch)
+        if arg(args, FFN.is_transposed) == 0:
+            _standard_down(args, control, epoch, n_tok, scratch)
         return
 
     down_bias = arg(args, FFN.down_bias)
-    if n_tok > 1:
-        y = scratch + SCRATCH
-        total = y + 4 * n_embd
-        while True:
-            t = take(control, 3, epoch, n_tok)
-            if t < 0:
-                break
-            n_active = np.int64(load_i32(n_active_at + 4 * t))
-            at = t * n_ff * 4
-            _lane(down, n_embd, act + at, active + at, n_active, 0, total)
-            for lane in range(1, LANES):
-                _lane(down, n_embd, act + at, active + at, n_active, lane, y)
-                _add_to(total, y, 0, n_embd)
-            if down_bias != 0:
-                _add_to(total, down_bias, 0, n_embd)
-            _add_to(x + t * n_embd * 4, total, 0, n_embd)
-            finish(control, 3)
-        wait(control, 3, epoch, n_tok)
-        return
-
     lanes, n_active = arg(args, FFN.lanes), np.int64(load_i32(n_active_at))
     while True:
         lane = take(control, 3, epoch, LANES)
         if lane < 0:
             break
-        _lane(down, n_embd, act, active, n_active, lane, lanes + lane * n_embd * 4)
+        _lane(args, 0, n_active, lane, lanes + lane * n_embd * 4, scratch)
         finish(control, 3)
     if not wait(control, 3, epoch, LANES):
         return
@@ -282,16 +325,21 @@ def audit(args, control, epoch, thread):
     n_ff, n_embd = arg(decider, MATRIX.rows), arg(decider, MATRIX.cols)
     h = arg(args, AUDIT.h) + t * n_embd * 4
     packed = arg(args, AUDIT.packs) + t * arg(args, AUDIT.pack_bytes)
-    threshold = load_f32(arg(args, AUDIT.threshold))
+    threshold, kind = load_f32(arg(args, AUDIT.threshold)), arg(args, AUDIT.activation)
+    act, truth = arg(args, AUDIT.act), arg(args, AUDIT.truth)
     scratch = arg(args, AUDIT.scratch) + thread * arg(args, AUDIT.scratch_bytes)
     n_tasks = n_tasks_of(decider)
     while True:
         task = take(control, 0, epoch, n_tasks)
         if task < 0:
             break
-        for row in range(task * ROWS, min((task + 1) * ROWS, n_ff)):
-            kind = arg(args, AUDIT.activation)
-            flag, _ = _neuron(decider, up, row, h, packed, kind, threshold, 0, scratch)
-            store_u8(arg(args, AUDIT.truth) + row, flag)
+        first, count = task * ROWS, min(ROWS, n_ff - task * ROWS)
+        _decide(decider, first, 0, count, h, packed, kind, threshold, act, truth, scratch)
+        if kind == DRELU:
+            listed, n = scratch + LIST, 0
+            for row in range(first, first + count):
+                store_i32(listed + 4 * n, np.int32(row))
+                n += np.int64(load_u8(truth + row) != 0)
+            _multiply(up, listed, n, h, packed, kind, act, truth, scratch)
         finish(control, 0)
     wait(control, 0, epoch, n_tasks)

@@ -1,13 +1,14 @@
 """How kernels are compiled and cached.
 
-`inline` functions are building blocks. A `job` is what the thread pool runs: a C function
-(args, control, epoch, thread), compiled when its address is first asked for, cached on disk
-between runs. numba's cache looks only at the file of the function itself, so the directory's name
-carries a hash of all kernel sources.
+`inline` functions are building blocks. A Kernel is a C function, compiled when its address is
+first asked for and cached on disk between runs; a `job` is one that the thread pool runs. numba's
+cache looks only at the file of the function itself, so the directory's name carries a hash of all
+kernel sources.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import shutil
@@ -24,10 +25,7 @@ from ..errors import RequestError
 from ..paths import cache_dir
 from . import isa, simd
 
-_JOB = types.void(types.intp, types.intp, types.intp, types.intp)
-
 inline = numba.njit(forceinline=True, error_model="numpy")
-shared = numba.njit(error_model="numpy")  # a function of its own: compiled once, called
 _compiling = threading.Lock()
 
 
@@ -63,34 +61,40 @@ def nogil(signature: str) -> Callable[[Callable[..., Any]], Any]:
     return lambda function: compile_cached(numba.njit, signature, function, nogil=True)
 
 
-class Job:
-    """A function of the thread pool."""
+class Kernel:
+    """A function of `n_args` words (intp) that machine code calls by its address."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., Any], n_args: int, name: str) -> None:
+        self._function, self._signature = function, types.void(*[types.intp] * n_args)
+        self.name = name
         self._compiled: Any = None
 
     @property
     def address(self) -> int:
         if self._compiled is None:
-            self._compiled = compile_cached(numba.cfunc, _JOB, self._function)
+            self._compiled = compile_cached(numba.cfunc, self._signature, self._function)
+            with contextlib.suppress(OSError):
+                (kernel_cache() / self.name).touch()
         return int(self._compiled.address)
 
+    @property
+    def is_cached(self) -> bool:
+        return self._compiled is not None or (kernel_cache() / self.name).exists()
 
-def job(function: Callable[..., Any]) -> Job:
-    """Declare a job: `function(args, control, epoch, thread)`, all addresses or numbers (intp)."""
-    return Job(function)
+
+def job(function: Callable[..., Any]) -> Kernel:
+    """Declare a job of the thread pool: `function(args, control, epoch, thread)`."""
+    return Kernel(function, 4, f"job_{function.__name__}")
 
 
-def load_jobs(jobs: Sequence[Job], notify: Callable[[str], Any]) -> None:
-    """Make all jobs ready to run; `notify` is told if that means compiling, half a minute once."""
+def load_kernels(kernels: Sequence[Kernel], notify: Callable[[str], Any]) -> None:
+    """Make kernels ready to run; `notify` is told if that means compiling, seconds for each."""
     if numba.config.DISABLE_JIT:
         raise RequestError("NUMBA_DISABLE_JIT is set: use --backend numpy, or unset it")
-    # numba writes one index file for each function in its cache.
-    if len(list(kernel_cache().glob("*/*.nbi"))) < len(jobs):
+    if not all(kernel.is_cached for kernel in kernels):
         notify("compiling kernels, once")
-    for job in jobs:
-        _ = job.address
+    for kernel in kernels:
+        _ = kernel.address
 
 
 @inline

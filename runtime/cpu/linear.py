@@ -8,11 +8,16 @@ from .block import MATRIX, NORM, layout
 from .elementwise import normalise
 from .jit import arg, inline, job
 from .pool import finish, take, wait
-from .rows import axpy, dot, fill_zero, pack
-from .simd import load_f32, load_i32, store_f32, store_u8
+from .rows import SCRATCH, SLACK, fill_zero, pack
+from .simd import call_axpys, call_dots, load_f32, load_i32, store_f32, store_u8
 
 ROWS = 16  # rows of a matrix in one task
-TOKENS = 8  # tokens that a task's rows meet in turn: their packs stay in the L2 cache
+
+# A thread's scratch: the end of a row, what its rows came to, a list of rows, and from WORK on
+# whatever a job needs.
+SUMS = SCRATCH  # float32 [ROWS]
+LIST = SUMS + 4 * ROWS  # int32 [ROWS + SLACK]
+WORK = -(-(LIST + 4 * (ROWS + SLACK)) // 64) * 64
 
 STORE, ADD = 0, 1
 
@@ -24,45 +29,62 @@ def n_tasks_of(matrix):
 
 
 @inline
+def row_dots(matrix, first, rows, count, x, packed, scratch):
+    """Return where float32 [count] lie: rows of a matrix times one token's x, plus their biases.
+
+    `rows`: the address of a list of row numbers, or 0 for the rows from `first` on.
+    """
+    out, row_bytes = scratch + SUMS, arg(matrix, MATRIX.row_bytes)
+    call_dots(
+        arg(matrix, MATRIX.dots),
+        arg(matrix, MATRIX.data) + first * row_bytes,
+        row_bytes,
+        arg(matrix, MATRIX.cols),
+        rows,
+        count,
+        x,
+        packed,
+        scratch,
+        out,
+    )
+    bias = arg(matrix, MATRIX.bias)
+    if bias != 0:
+        for i in range(count):
+            row = np.int64(load_i32(rows + 4 * i)) if rows != 0 else first + i
+            store_f32(out + 4 * i, load_f32(out + 4 * i) + load_f32(bias + 4 * row))
+    return out
+
+
+@inline
 def matmul_task(matrix, task, n_tok, x, packs, pack_bytes, y, y_cols, how, scratch):
     """y [n_tok, y_cols] = or += x [n_tok, cols] @ matrix [rows, cols]^T + bias, for ROWS rows.
 
-    x float32; `packs`: the same activations packed, `pack_bytes` a token. Reads the rows once
-    for every TOKENS tokens.
+    x float32; `packs`: the same activations packed, `pack_bytes` a token. Reads the rows from
+    memory once: they stay in the cache from token to token.
     """
-    data, type_ = arg(matrix, MATRIX.data), arg(matrix, MATRIX.type)
-    cols, row_bytes = arg(matrix, MATRIX.cols), arg(matrix, MATRIX.row_bytes)
-    bias = arg(matrix, MATRIX.bias)
-    first = task * ROWS
-    last = min(first + ROWS, arg(matrix, MATRIX.rows))
-    for block in range(0, n_tok, TOKENS):
-        for row in range(first, last):
-            for t in range(block, min(block + TOKENS, n_tok)):
-                value = dot(
-                    type_,
-                    data + row * row_bytes,
-                    cols,
-                    x + t * cols * 4,
-                    packs + t * pack_bytes,
-                    scratch,
-                )
-                if bias != 0:
-                    value += load_f32(bias + 4 * row)
-                at = y + 4 * (t * y_cols + row)
-                if how == ADD:
-                    value += load_f32(at)
-                store_f32(at, value)
+    cols, first = arg(matrix, MATRIX.cols), task * ROWS
+    count = min(ROWS, arg(matrix, MATRIX.rows) - first)
+    for t in range(n_tok):
+        out = row_dots(matrix, first, 0, count, x + t * cols * 4, packs + t * pack_bytes, scratch)
+        at = y + 4 * (t * y_cols + first)
+        for i in range(count):
+            value = load_f32(out + 4 * i)
+            if how == ADD:
+                value += load_f32(at + 4 * i)
+            store_f32(at + 4 * i, value)
 
 
 # -- embed ------------------------------------------------------------------------------------
 
-EMBED = layout("counts tokens positions offset x embd:MATRIX table:MATRIX")
+EMBED = layout("counts tokens positions offset x one embd:MATRIX table:MATRIX")
 
 
 @inline
-def _add_row(matrix, row, n, x):
-    data = arg(matrix, MATRIX.data) + row * arg(matrix, MATRIX.row_bytes)
-    axpy(arg(matrix, MATRIX.type), data, n, np.float32(1), x)
+def _add_row(matrix, row, n, one, x):
+    size = arg(matrix, MATRIX.row_bytes)
+    call_axpys(
+        arg(matrix, MATRIX.axpys), arg(matrix, MATRIX.data) + row * size, size, n, 0, 1, one, x
+    )
 
 
 @job
@@ -76,12 +98,12 @@ def embed(args, control, epoch, thread):
         if t < 0:
             break
         x = arg(args, EMBED.x) + t * n * 4
-        row = load_i32(arg(args, EMBED.tokens) + 4 * t)
+        row = np.int64(load_i32(arg(args, EMBED.tokens) + 4 * t))
         fill_zero(x, n)
-        _add_row(embd, row, n, x)
+        _add_row(embd, row, n, arg(args, EMBED.one), x)
         if arg(table, MATRIX.data) != 0:
-            position = load_i32(arg(args, EMBED.positions) + 4 * t)
-            _add_row(table, position + arg(args, EMBED.offset), n, x)
+            position = np.int64(load_i32(arg(args, EMBED.positions) + 4 * t))
+            _add_row(table, position + arg(args, EMBED.offset), n, arg(args, EMBED.one), x)
         finish(control, 0)
     wait(control, 0, epoch, n_tok)
 
@@ -174,7 +196,7 @@ PREDICT = layout(
 def predict(args, control, epoch, thread):
     """scores [n_tok, n_ff] = fc2 . relu(fc1 . x) + bias, mask = scores >= threshold; x: x or h.
 
-    Reads fc1 [rank, n_embd] and fc2 [n_ff, rank] once for every TOKENS tokens.
+    Reads fc1 [rank, n_embd] and fc2 [n_ff, rank] once.
     """
     n_tok = load_i32(arg(args, PREDICT.counts))
     fc1, fc2 = args + 8 * PREDICT.fc1, args + 8 * PREDICT.fc2
@@ -223,26 +245,22 @@ def predict(args, control, epoch, thread):
     n_tasks = n_tasks_of(fc2)
     # One threshold for each sequence, in rows of one for each layer; ours is the first.
     thresholds, stride = arg(args, PREDICT.thresholds), 4 * arg(args, PREDICT.n_layer)
-    n_ff, bias = arg(fc2, MATRIX.rows), arg(fc2, MATRIX.bias)
+    n_ff = arg(fc2, MATRIX.rows)
     while True:
         task = take(control, 3, epoch, n_tasks)
         if task < 0:
             break
-        for block in range(0, n_tok, TOKENS):
-            for row in range(task * ROWS, min((task + 1) * ROWS, n_ff)):
-                w = arg(fc2, MATRIX.data) + row * arg(fc2, MATRIX.row_bytes)
-                for t in range(block, min(block + TOKENS, n_tok)):
-                    packed = hidden_packs + t * hidden_size
-                    score = dot(
-                        arg(fc2, MATRIX.type), w, rank, hidden + t * rank * 4, packed, scratch
-                    )
-                    if bias != 0:
-                        score += load_f32(bias + 4 * row)
-                    sequence = np.int64(load_i32(arg(args, PREDICT.rows) + 4 * t))
-                    is_predicted = score >= load_f32(thresholds + sequence * stride)
-                    at = t * n_ff + row
-                    store_f32(arg(args, PREDICT.scores) + 4 * at, score)
-                    store_u8(arg(args, PREDICT.mask) + at, np.uint8(is_predicted))
+        first = task * ROWS
+        count = min(ROWS, n_ff - first)
+        for t in range(n_tok):
+            packed = hidden_packs + t * hidden_size
+            out = row_dots(fc2, first, 0, count, hidden + t * rank * 4, packed, scratch)
+            sequence = np.int64(load_i32(arg(args, PREDICT.rows) + 4 * t))
+            threshold = load_f32(thresholds + sequence * stride)
+            for i in range(count):
+                score, at = load_f32(out + 4 * i), t * n_ff + first + i
+                store_f32(arg(args, PREDICT.scores) + 4 * at, score)
+                store_u8(arg(args, PREDICT.mask) + at, np.uint8(score >= threshold))
         finish(control, 3)
     wait(control, 3, epoch, n_tasks)
 

@@ -69,9 +69,17 @@ def op(result: Any, *params: Any) -> Callable[[Callable[..., Any]], Any]:
 
                 def made(typingctx, a, b, c, d):
                     return signature, codegen
-            case _:
+            case 5:
 
                 def made(typingctx, a, b, c, d, e):
+                    return signature, codegen
+            case 8:
+
+                def made(typingctx, a, b, c, d, e, f, g, h):
+                    return signature, codegen
+            case _:
+
+                def made(typingctx, a, b, c, d, e, f, g, h, i, j):
                     return signature, codegen
 
         made.__name__ = made.__qualname__ = build.__name__

@@ -13,9 +13,9 @@ from ..gguf import Tensor
 from . import attention, ffn, linear
 from .block import address, build, matrix
 from .elementwise import NORMS
-from .jit import Job, load_jobs
+from .jit import Kernel, load_kernels
 from .pool import Pool, physical_cores
-from .rows import F16, F32, SCRATCH, pack_bytes
+from .rows import AXPYS, DOTS, F16, F32, SLACK, pack_bytes
 
 Block = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -44,7 +44,9 @@ class CPU:
         threads: int | None = None,
         notify: Callable[[str], Any] = lambda _: None,
     ) -> None:
-        load_jobs(_JOBS, notify)
+        types = {t.type for t in plan.weights.matrices()}
+        formats = [kernel for t in sorted(types) for kernel in (DOTS[t], AXPYS[t])]
+        load_kernels([*_JOBS, *formats], notify)
         self.pool = Pool(threads or physical_cores())
         self.plan = plan
         self._keep: list[np.ndarray] = []  # memory that blocks point to
@@ -57,7 +59,7 @@ class CPU:
         # A thread's scratch: the end of a row, then scores of a context or two FFN accumulators.
         # An odd number of cache lines, so that threads do not meet in the same cache sets.
         context = len(plan.rope) + 16
-        scratch_bytes = -(-(SCRATCH + 4 * max(context, 2 * c.n_embd)) // 128) * 128 + 64
+        scratch_bytes = -(-(linear.WORK + 4 * max(context, 2 * c.n_embd)) // 128) * 128 + 64
         scratch = {
             "scratch": self._bytes(self.pool.n_threads * scratch_bytes),
             "scratch_bytes": scratch_bytes,
@@ -92,12 +94,14 @@ class CPU:
         hidden_packs = self._bytes(n_tok * pack_bytes(rank))
         act_packs = self._bytes(n_tok * pack_bytes(c.n_ff) if standard_down else 0)
         neurons = {
-            "rows": self._ints(c.n_ff),
+            "rows": self._ints(c.n_ff + SLACK),
             "n_rows": self._ints(1),
             "fired": b.fired,
-            "active": self._ints(n_tok, c.n_ff),
+            "active": self._ints(n_tok * c.n_ff + SLACK),
+            "values": self._floats(n_tok, c.n_ff),
             "n_active": self._ints(n_tok),
         }
+        audit_act = self._floats(c.n_ff)
         lanes = self._floats(ffn.LANES, c.n_embd)
         scale = self._keeping(np.array([1 / np.sqrt(c.head_dim)], np.float32))
         activation_threshold = self._keeping(np.array([c.activation_threshold], np.float32))
@@ -108,6 +112,7 @@ class CPU:
             tokens=step.tokens,
             positions=step.positions,
             offset=POSITION_OFFSET,
+            one=self._keeping(np.ones(1, np.float32)),
             x=b.x,
             embd=matrix(w.embd),
             table=matrix(w.positions),
@@ -249,6 +254,7 @@ class CPU:
                     pack_bytes=packed_embd["pack_bytes"],
                     activation=ffn.ACTIVATIONS[c.activation],
                     threshold=activation_threshold,
+                    act=audit_act,
                     truth=b.truth,
                     decider=matrix(layer.decider, layer.decider_bias),
                     up=matrix(layer.up, layer.up_bias),
@@ -272,7 +278,7 @@ class CPU:
     def _ints(self, *shape: int) -> np.ndarray:
         return self._bytes(4 * int(np.prod(shape))).view(np.int32).reshape(shape)
 
-    def _run(self, job: Job, block: Block) -> None:
+    def _run(self, job: Kernel, block: Block) -> None:
         self.pool.run(job, block.ctypes.data)
 
     def embed(self) -> None:

@@ -22,7 +22,7 @@ import weakref
 import numpy as np
 
 from ..errors import RequestError
-from .jit import Job, inline, nogil
+from .jit import Kernel, inline, nogil
 from .simd import (
     atomic_add,
     atomic_load,
@@ -207,7 +207,7 @@ class Pool:
             self._stopper()
             raise RequestError(f"the system does not allow {self.n_threads} threads") from None
 
-    def run(self, job: Job, args: int) -> None:
+    def run(self, job: Kernel, args: int) -> None:
         """Run a job on all threads; `args` is the address of its argument block."""
         with self._lock:
             if not self._stopper.alive:

@@ -4,8 +4,8 @@ Packed activations of one token (`pack`), n columns padded to n_pad = a multiple
 in this order (all offsets are multiples of 64):
 
     scales   f32  [n_pad / 32]   amax / 127 of each block of 32
-    q8       int8 [n_pad]        natural order                       for Q8_0 rows
-    bias8    i32  [n_pad / 4]    -Q8_BIAS * (sum of 4 neighbours)
+    q8       int8 [n_pad]        natural order                       for Q8_0 and Q6_K rows
+    bias8    i32  [n_pad / 4]    -32 * (sum of 4 neighbours)         for Q8_0 and Q6_K rows
     q4       int8 [n_pad]        per 4 blocks: the first 16 of each, then the last 16 of each,
                                  as the nibbles of 4 Q4_0 blocks lie     for Q4_0 rows
     bias4    i32  [n_pad / 8]    -8 * (sum of the 8 that meet in one lane)
@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..formats import SMALLEST_AMAX, GGMLType
+from ..formats import COMPUTE_TYPES, SMALLEST_AMAX, GGMLType
 from .isa import Q8_BIAS
-from .jit import inline, shared
+from .jit import Kernel, inline
 from .simd import (
     absolute,
     add,
@@ -54,6 +54,9 @@ from .simd import (
     q4_0_high,
     q4_0_low,
     q4_0_scales,
+    q6_k_first,
+    q6_k_scales,
+    q6_k_second,
     q8_0_scales,
     rint,
     scale_i32,
@@ -75,9 +78,9 @@ Q8_0, Q4_0 = int(GGMLType.Q8_0), int(GGMLType.Q4_0)
 Q4_1, Q5_0, Q5_1 = int(GGMLType.Q4_1), int(GGMLType.Q5_0), int(GGMLType.Q5_1)
 Q4_K, Q5_K, Q6_K = int(GGMLType.Q4_K), int(GGMLType.Q5_K), int(GGMLType.Q6_K)
 
-PREFETCH = 1024  # bytes ahead
+SLACK = 8  # numbers that may be read behind a list of rows
+AHEAD = 4096  # bytes between a read and its prefetch; by whole rows, so that lists of rows work
 SCRATCH = 128  # bytes of a thread's scratch that `dot` uses for the end of a row
-_ONES = np.ones(64, np.int8)
 
 
 def padded(n: int) -> int:
@@ -127,7 +130,7 @@ def pack(x, n, out, ones):
     nothing = scale_i32(load_i32x16(ones), 0)
     for i in range(n_pad // 64):
         sums = dot_nibbles(nothing, one, load_i8x64(q8 + 64 * i))
-        store_i32x16(bias8 + 64 * i, scale_i32(sums, -Q8_BIAS))
+        store_i32x16(bias8 + 64 * i, scale_i32(sums, -32))
     for i in range(n_pad // 128):
         sums = dot_nibbles(nothing, one, load_i8x64(q4 + 128 * i))
         sums = dot_nibbles(sums, one, load_i8x64(q4 + 128 * i + 64))
@@ -144,50 +147,88 @@ def _q4_0_group(w, scales, bias, q, total):
 
 
 @inline
-def _dot_q4_0(w, n, x, scratch):
+def _dot_q4_0(w, n, x, scratch, ahead):
     """Sum over blocks of d * s * (sum of q4 * q8 - 8 * sum of q8); reads n / 32 * 18 bytes."""
     _, _, _, q, bias = _planes(n)
     q, bias = x + q, x + bias
-    n_blocks = n // 32
-    total = splat(np.float32(0))
-    for g in range(n_blocks // 4):
-        prefetch(w + PREFETCH)
-        total = _q4_0_group(w, x + 16 * g, bias + 64 * g, q + 128 * g, total)
-        w += 72
-    rest = n_blocks % 4 * 18
+    n_groups, rest = n // 128, n // 32 % 4 * 18
+    # Two sums, so that one waits for its multiply-add while the other goes on.
+    even, odd = splat(np.float32(0)), splat(np.float32(0))
+    for _ in range(n_groups // 2):
+        prefetch(w + ahead)
+        prefetch(w + ahead + 64)
+        even = _q4_0_group(w, x, bias, q, even)
+        odd = _q4_0_group(w + 72, x + 16, bias + 64, q + 128, odd)
+        w, x, bias, q = w + 144, x + 32, bias + 128, q + 256
+    if n_groups % 2:
+        prefetch(w + ahead)
+        even = _q4_0_group(w, x, bias, q, even)
+        w, x, bias, q = w + 72, x + 16, bias + 64, q + 128
     if rest:
         # The row ends inside a group: continue in a copy with blocks of zero behind it.
         for i in range(72):
             store_u8(scratch + i, load_u8(w + i) if i < rest else np.uint8(0))
-        g = n_blocks // 4
-        total = _q4_0_group(scratch, x + 16 * g, bias + 64 * g, q + 128 * g, total)
-    return sum16(total)
+        odd = _q4_0_group(scratch, x, bias, q, odd)
+    return sum16(add(even, odd))
 
 
 @inline
 def _q8_0_group(w, scales, bias, q, total):
     """total + (2 Q8_0 blocks at w) . (64 packed activations)."""
-    lanes = dot_bytes(load_i32x16(bias), load_q8_0_quants(w), load_i8x64(q))
+    start = scale_i32(load_i32x16(bias), Q8_BIAS // 32)
+    lanes = dot_bytes(start, load_q8_0_quants(w), load_i8x64(q))
     return fma(to_f32(lanes), q8_0_scales(w, scales), total)
 
 
 @inline
-def _dot_q8_0(w, n, x, scratch):
+def _dot_q8_0(w, n, x, scratch, ahead):
     """Sum over blocks of d * s * (sum of q8 * q8); reads n / 32 * 34 bytes."""
     _, q, bias, _, _ = _planes(n)
     q, bias = x + q, x + bias
-    n_blocks = n // 32
-    total = splat(np.float32(0))
-    for g in range(n_blocks // 2):
-        prefetch(w + PREFETCH)
-        total = _q8_0_group(w, x + 8 * g, bias + 64 * g, q + 64 * g, total)
-        w += 68
-    if n_blocks % 2:
+    n_groups = n // 64
+    even, odd = splat(np.float32(0)), splat(np.float32(0))
+    for _ in range(n_groups // 2):
+        prefetch(w + ahead)
+        prefetch(w + ahead + 64)
+        even = _q8_0_group(w, x, bias, q, even)
+        odd = _q8_0_group(w + 68, x + 8, bias + 64, q + 64, odd)
+        w, x, bias, q = w + 136, x + 16, bias + 128, q + 128
+    if n_groups % 2:
+        prefetch(w + ahead)
+        even = _q8_0_group(w, x, bias, q, even)
+        w, x, bias, q = w + 68, x + 8, bias + 64, q + 64
+    if n // 32 % 2:
         for i in range(68):
             store_u8(scratch + i, load_u8(w + i) if i < 34 else np.uint8(0))
-        g = n_blocks // 2
-        total = _q8_0_group(scratch, x + 8 * g, bias + 64 * g, q + 64 * g, total)
-    return sum16(total)
+        odd = _q8_0_group(scratch, x, bias, q, odd)
+    return sum16(add(even, odd))
+
+
+@inline
+def _q6_k_half(low, high, scales, d, x_scales, bias, q, total):
+    """total + 128 weights of a Q6_K block: their 64 bytes of low nibbles, 32 of high pairs."""
+    nibbles = load_i8x64(low)
+    lanes = dot_nibbles(load_i32x16(bias), q6_k_first(nibbles, high), load_i8x64(q))
+    total = fma(to_f32(lanes), q6_k_scales(scales, d, x_scales), total)
+    lanes = dot_nibbles(load_i32x16(bias + 64), q6_k_second(nibbles, high), load_i8x64(q + 64))
+    return fma(to_f32(lanes), q6_k_scales(scales + 4, d, x_scales + 8), total)
+
+
+@inline
+def _dot_q6_k(w, n, x, ahead):
+    """Sum of d * scale * s * (sum of q6 * q8 - 32 * sum of q8); reads n / 256 * 210 bytes."""
+    _, q, bias, _, _ = _planes(n)
+    q, bias = x + q, x + bias
+    even, odd = splat(np.float32(0)), splat(np.float32(0))
+    for _ in range(n // 256):
+        prefetch(w + ahead)
+        prefetch(w + ahead + 64)
+        prefetch(w + ahead + 128)
+        d = load_f16(w + 208)
+        even = _q6_k_half(w, w + 128, w + 192, d, x, bias, q, even)
+        odd = _q6_k_half(w + 64, w + 160, w + 200, d, x + 16, bias + 128, q + 128, odd)
+        w, x, bias, q = w + 210, x + 32, bias + 256, q + 256
+    return sum16(add(even, odd))
 
 
 @inline
@@ -264,12 +305,14 @@ def _load1(type_, w, i):
 
 
 @inline
-def _dot_float(type_, w, n, x):
-    """Sum of w * x, two chains of 16; called with a constant type, so that no branch is left."""
+def dot_float(type_, w, n, x, ahead):
+    """Sum of w * x with weights widened to float32; call it with a constant type."""
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     for i in range(0, n - 31, 32):
         if type_ <= F16 or type_ == BF16:  # others find their bytes elsewhere
-            prefetch(w + (4 if type_ == F32 else 2) * i + PREFETCH)
+            prefetch(w + (4 if type_ == F32 else 2) * i + ahead)
+            if type_ == F32:
+                prefetch(w + 4 * i + ahead + 64)
         even = fma(load16(type_, w, i), load_f32x16(x + 4 * i), even)
         odd = fma(load16(type_, w, i + 16), load_f32x16(x + 4 * i + 64), odd)
     total = sum16(add(even, odd))
@@ -278,90 +321,36 @@ def _dot_float(type_, w, n, x):
     return total
 
 
-@shared
-def _dot_other(type_, w, n, x):
-    """The formats without kernels of their own: weights widened to float32, 16 at a time."""
-    if type_ == Q4_1:
-        return _dot_float(Q4_1, w, n, x)
-    if type_ == Q5_0:
-        return _dot_float(Q5_0, w, n, x)
-    if type_ == Q5_1:
-        return _dot_float(Q5_1, w, n, x)
-    if type_ == Q4_K:
-        return _dot_float(Q4_K, w, n, x)
-    if type_ == Q5_K:
-        return _dot_float(Q5_K, w, n, x)
-    return _dot_float(Q6_K, w, n, x)
-
-
 @inline
-def dot(type_, w, n, x, packed, scratch):
-    """Return row w [n] . activations: float32 `x`, or `packed` where the format is integer."""
-    if type_ == Q4_0:
-        return _dot_q4_0(w, n, packed, scratch)
-    if type_ == Q8_0:
-        return _dot_q8_0(w, n, packed, scratch)
-    if type_ == F16:
-        return _dot_float(F16, w, n, x)
-    if type_ == BF16:
-        return _dot_float(BF16, w, n, x)
-    if type_ == F32:
-        return _dot_float(F32, w, n, x)
-    return _dot_other(type_, w, n, x)
-
-
-@inline
-def _axpy_float(type_, w, n, a, y):
+def axpy_float(type_, w, n, a, y, ahead):
+    """y += a * w with weights widened to float32; call it with a constant type."""
     scale = splat(a)
     for i in range(0, n - 15, 16):
+        if type_ <= F16 or type_ == BF16:
+            prefetch(w + (4 if type_ == F32 else 2) * i + ahead)
         store_f32x16(y + 4 * i, fma(load16(type_, w, i), scale, load_f32x16(y + 4 * i)))
     for i in range(n // 16 * 16, n):
         store_f32(y + 4 * i, fma1(_load1(type_, w, i), a, load_f32(y + 4 * i)))
 
 
-@shared
-def _axpy_other(type_, w, n, a, y):
-    if type_ == Q4_1:
-        _axpy_float(Q4_1, w, n, a, y)
-    elif type_ == Q5_0:
-        _axpy_float(Q5_0, w, n, a, y)
-    elif type_ == Q5_1:
-        _axpy_float(Q5_1, w, n, a, y)
-    elif type_ == Q4_K:
-        _axpy_float(Q4_K, w, n, a, y)
-    elif type_ == Q5_K:
-        _axpy_float(Q5_K, w, n, a, y)
-    else:
-        _axpy_float(Q6_K, w, n, a, y)
+@inline
+def _axpy_q4_0(w, n, a, y, ahead):
+    for _ in range(n // 32):
+        prefetch(w + ahead)
+        scale = splat(a * load_f16(w))
+        store_f32x16(y, fma(q4_0_low(w + 2), scale, load_f32x16(y)))
+        store_f32x16(y + 64, fma(q4_0_high(w + 2), scale, load_f32x16(y + 64)))
+        w, y = w + 18, y + 128
 
 
 @inline
-def axpy(type_, w, n, a, y):
-    """y [n] += a * row w, in float32; reads the row and 8 n bytes of y."""
-    if type_ == Q4_0:
-        for i in range(n // 32):
-            prefetch(w + PREFETCH)
-            scale = splat(a * load_f16(w))
-            at = y + 128 * i
-            store_f32x16(at, fma(q4_0_low(w + 2), scale, load_f32x16(at)))
-            store_f32x16(at + 64, fma(q4_0_high(w + 2), scale, load_f32x16(at + 64)))
-            w += 18
-    elif type_ == Q8_0:
-        for i in range(n // 32):
-            prefetch(w + PREFETCH)
-            scale = splat(a * load_f16(w))
-            at = y + 128 * i
-            store_f32x16(at, fma(load_i8x16(w + 2), scale, load_f32x16(at)))
-            store_f32x16(at + 64, fma(load_i8x16(w + 18), scale, load_f32x16(at + 64)))
-            w += 34
-    elif type_ == F16:
-        _axpy_float(F16, w, n, a, y)
-    elif type_ == BF16:
-        _axpy_float(BF16, w, n, a, y)
-    elif type_ == F32:
-        _axpy_float(F32, w, n, a, y)
-    else:
-        _axpy_other(type_, w, n, a, y)
+def _axpy_q8_0(w, n, a, y, ahead):
+    for _ in range(n // 32):
+        prefetch(w + ahead)
+        scale = splat(a * load_f16(w))
+        store_f32x16(y, fma(load_i8x16(w + 2), scale, load_f32x16(y)))
+        store_f32x16(y + 64, fma(load_i8x16(w + 18), scale, load_f32x16(y + 64)))
+        w, y = w + 34, y + 128
 
 
 @inline
@@ -372,3 +361,59 @@ def fill_zero(y, n):
         store_f32x16(y + 4 * i, zero)
     for i in range(n // 16 * 16, n):
         store_f32(y + 4 * i, np.float32(0))
+
+
+# -- kernels over several rows ----------------------------------------------------------------
+#
+# One pair for each format, compiled when a model first needs it; jobs call them by the addresses
+# in a MATRIX, once for a task, and so know nothing of formats. `rows` is a list of int32 row
+# numbers, or 0 for the `count` rows from `w` on. Behind a list SLACK more numbers must be
+# readable, whatever they are: the rows that they name are prefetched.
+
+
+@inline
+def _row(rows, i):
+    return np.int64(load_i32(rows + 4 * i)) if rows != 0 else i
+
+
+def _make_dots(type_):
+    def dots(w, row_bytes, n, rows, count, x, packed, scratch, out):
+        k = min((AHEAD + row_bytes - 1) // row_bytes, SLACK)
+        for i in range(count):
+            row = _row(rows, i)
+            at, ahead = w + row * row_bytes, (_row(rows, i + k) - row) * row_bytes
+            if type_ == Q4_0:
+                value = _dot_q4_0(at, n, packed, scratch, ahead)
+            elif type_ == Q8_0:
+                value = _dot_q8_0(at, n, packed, scratch, ahead)
+            elif type_ == Q6_K:
+                value = _dot_q6_k(at, n, packed, ahead)
+            else:
+                value = dot_float(type_, at, n, x, ahead)
+            store_f32(out + 4 * i, value)
+
+    return Kernel(dots, 9, f"dots_{GGMLType(type_).name}")
+
+
+def _make_axpys(type_):
+    def axpys(w, row_bytes, n, rows, count, values, y):
+        k = min((AHEAD + row_bytes - 1) // row_bytes, SLACK)
+        for i in range(count):
+            row = _row(rows, i)
+            at, ahead = w + row * row_bytes, (_row(rows, i + k) - row) * row_bytes
+            a = load_f32(values + 4 * i)
+            if type_ == Q4_0:
+                _axpy_q4_0(at, n, a, y, ahead)
+            elif type_ == Q8_0:
+                _axpy_q8_0(at, n, a, y, ahead)
+            else:
+                axpy_float(type_, at, n, a, y, ahead)
+
+    return Kernel(axpys, 7, f"axpys_{GGMLType(type_).name}")
+
+
+# dots(w, row_bytes, n, rows, count, x, packed, scratch, out): out [count] = rows . activations,
+# float32 `x` [n], or `packed` where the format is integer.
+DOTS = {int(type_): _make_dots(int(type_)) for type_ in COMPUTE_TYPES}
+# axpys(w, row_bytes, n, rows, count, values, y): y [n] += sum of values [count] * rows, float32.
+AXPYS = {int(type_): _make_axpys(int(type_)) for type_ in COMPUTE_TYPES}

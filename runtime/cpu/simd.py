@@ -415,6 +415,37 @@ def q8_0_scales(b, address, x_scales):
     return _spread_scales(b, address, x_scales, 2, 34)
 
 
+def _q6_k_join(b: Any, nibbles: Any, high_at: Any, shifts: tuple[int, int]) -> Any:
+    """Put 2 bits above each of 64 nibbles: of 32 bytes at `high_at`, shifted either way."""
+    high = load(b, high_at, ir.VectorType(i8, 32))
+    pairs = [b.lshr(high, constant(high.type, shift)) for shift in shifts]
+    pairs = b.and_(_join(b, pairs[0], pairs[1]), constant(I8x64.llvm, 3))
+    return b.or_(nibbles, b.shl(pairs, constant(I8x64.llvm, 4)))
+
+
+@op(I8x64, I8x64, intp)
+def q6_k_first(b, nibbles, high):
+    """Return weights 0 to 63 (0 to 63 each) of half a Q6_K block."""
+    return _q6_k_join(b, b.and_(nibbles, constant(I8x64.llvm, 15)), high, (0, 2))
+
+
+@op(I8x64, I8x64, intp)
+def q6_k_second(b, nibbles, high):
+    """Return weights 64 to 127 of half a Q6_K block."""
+    return _q6_k_join(b, b.lshr(nibbles, constant(I8x64.llvm, 4)), high, (4, 6))
+
+
+@op(F32x16, intp, float32, intp)
+def q6_k_scales(b, scales, d, x_scales):
+    """d * 4 signed bytes at `scales` * 2 float32 at `x_scales` (one for two), each over 4 lanes."""
+    four = ir.VectorType(float_, 4)
+    w = b.sitofp(load(b, scales, ir.VectorType(i8, 4)), four)
+    x = load(b, x_scales, ir.VectorType(float_, 2))
+    ds = b.insert_element(ir.Constant(four, ir.Undefined), d, ir.Constant(i32, 0))
+    w = b.fmul(b.fmul(w, shuffle(b, ds, ds, [0] * 4)), shuffle(b, x, x, [0, 0, 1, 1]))
+    return shuffle(b, w, w, [lane // 4 for lane in range(16)])
+
+
 def _nibbles_f32(b: Any, address: Any, shift: int) -> Any:
     nibbles = load(b, address, ir.VectorType(i8, 16))
     byte16 = nibbles.type
@@ -473,9 +504,24 @@ def yield_core(b):
     call(b, "SwitchToThread" if os.name == "nt" else "sched_yield", i32)
 
 
+def _call(b: Any, function: Any, args: list[Any]) -> None:
+    type_ = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+    b.call(b.inttoptr(function, type_.as_pointer()), args)
+
+
 @op(void, intp, intp, intp, intp, intp)
 def call_job(b, function, args, control, epoch, thread):
     """Call the compiled function at address `function` with the other four arguments."""
-    word = args.type
-    type_ = ir.FunctionType(ir.VoidType(), [word] * 4)
-    b.call(b.inttoptr(function, type_.as_pointer()), [args, control, epoch, thread])
+    _call(b, function, [args, control, epoch, thread])
+
+
+@op(void, *[intp] * 10)
+def call_dots(b, function, *args):
+    """Call the kernel of rows.DOTS at address `function` with its nine arguments."""
+    _call(b, function, list(args))
+
+
+@op(void, *[intp] * 8)
+def call_axpys(b, function, *args):
+    """Call the kernel of rows.AXPYS at address `function` with its seven arguments."""
+    _call(b, function, list(args))
