@@ -26,7 +26,9 @@ COMMANDS = {
     "train-predictors": "predictors for a model, from a text",
     "perplexity": "quality on a text, KL divergence, recall",
     "heat": "a picture of who fires",
+    "bench": "speed, and the bound that memory sets",
     "infer": "continue a prompt",
+    "doctor": "what this machine can do, and what is wrong",
     "inspect": "show what is in a file",
 }
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -57,9 +57,9 @@ class LayerCapture:
         out[fired] = np.concatenate(pieces)
         return out
 
-    def split(self, share: float) -> tuple[LayerCapture, LayerCapture]:
-        """Return the first part, to learn from, and the last `share`, to check on."""
-        cut = len(self) - max(int(len(self) * share), 1)
+    def split(self, n_check: int) -> tuple[LayerCapture, LayerCapture]:
+        """Return the first part, to learn from, and the last `n_check` tokens, to check on."""
+        cut = len(self) - n_check
 
         def part(rows: slice) -> LayerCapture:
             return replace(
@@ -117,17 +117,16 @@ def capture(
     made_for, done = fingerprint(engine, texts), folder / "capture.json"
     if _captured_for(done) != made_for:
         done.unlink(missing_ok=True)
-        _check_room(folder, n_tok * c.n_layer * (2 * c.n_embd + c.n_ff // 2))
+        _check_room(folder, n_tok * c.n_layer * (2 * c.n_embd + c.n_ff // 2 + 8))
         widths = (("inputs", np.float16, c.n_embd), ("fired", np.uint8, -(-c.n_ff // 8)))
         with contextlib.ExitStack() as stack:
             maps, files = [], []
             for il in range(c.n_layer):
-                new = functools.partial(np.lib.format.open_memmap, mode="w+")
                 arrays = [
-                    new(folder / f"{name}_{il}.npy", dtype=dtype, shape=(n_tok, width))
+                    _new_map(folder / f"{name}_{il}.npy", dtype, (n_tok, width))
                     for name, dtype, width in widths
                 ]
-                ends = new(folder / f"ends_{il}.npy", dtype=np.int64, shape=(n_tok,))
+                ends = _new_map(folder / f"ends_{il}.npy", np.int64, (n_tok,))
                 maps.append((*arrays, ends))
                 files.append(stack.enter_context(open(folder / f"effects_{il}.f16", "wb")))
             engine.watcher = _Writer(engine.weights.layers, maps, files)
@@ -150,16 +149,34 @@ def _captured_for(done: Path) -> str | None:
 
 
 def _open_layer(folder: Path, il: int, n_ff: int) -> LayerCapture:
+    # As plain arrays over the maps: slicing a memmap is slow.
     inputs, bits, ends = (
-        np.load(folder / f"{name}_{il}.npy", mmap_mode="r") for name in ("inputs", "fired", "ends")
+        np.load(folder / f"{name}_{il}.npy", mmap_mode="r").view(np.ndarray)
+        for name in ("inputs", "fired", "ends")
     )
     effects = folder / f"effects_{il}.f16"
     # An empty file cannot be mapped: nothing fired.
     is_empty = effects.stat().st_size == 0
     none = np.zeros(0, np.float16)
     return LayerCapture(
-        inputs, bits, none if is_empty else np.memmap(effects, np.float16, "r"), ends, n_ff
+        inputs,
+        bits,
+        none if is_empty else np.memmap(effects, np.float16, "r").view(np.ndarray),
+        ends,
+        n_ff,
     )
+
+
+def _new_map(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Return a new array in a file, with its room on the disk reserved.
+
+    A map of a sparse file would end the process, without a word, on a disk that is full.
+    """
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _check_room(folder: Path, nbytes: int) -> None:
@@ -177,8 +194,8 @@ def fingerprint(engine: Engine, texts: Sequence[Sequence[int]]) -> str:
     with open(engine.file.path, "rb") as file:
         digest.update(file.read(1 << 20))
     digest.update(str(engine.file.size).encode())
-    for layer in engine.weights.layers:  # the header does not say what the weights are
-        digest.update(layer.decider.data[:16].tobytes())
+    for tensor in engine.file.tensors.values():  # the header does not say what the weights are
+        digest.update(tensor.data[:16].tobytes())
     for ids in texts:
         digest.update(np.asarray(ids, np.int32).tobytes())
     return digest.hexdigest()

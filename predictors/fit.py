@@ -109,6 +109,7 @@ def slices(data: LayerCapture) -> list[slice]:
 def grow(
     layer: Layer,
     data: LayerCapture,
+    n_check: int,
     type_: GGMLType,
     goals: Goals,
     method: Method,
@@ -117,9 +118,10 @@ def grow(
 ) -> list[Candidate]:
     """Return predictors of growing rank for one layer, up to where more rank stops paying.
 
+    The last `n_check` tokens are for checking what was learned on the others.
     Growing goes on while too many neurons are named (max_share) or the last step saved bytes.
     """
-    train_data, check = data.split(VALIDATION)
+    train_data, check = data.split(n_check)
     factors = Factors(layer, train_data) if method == "factors" else None
     found: list[Candidate] = []
     for rank in ranks_for(layer.decider.cols):
@@ -137,15 +139,27 @@ def grow(
 def choose(layers: Sequence[Sequence[Candidate]], goals: Goals, budget: int) -> list[Candidate]:
     """Choose a candidate for each layer: fewest bytes a token, within `budget` bytes in all.
 
-    Candidates that name more than max_share are taken only where there is no other. Over budget,
-    the layer that loses least for each byte saved steps down, again and again; RequestError if
-    even the smallest are too large.
+    Candidates that name more than max_share are taken only where there is no other, or where the
+    others do not fit. RequestError if even the smallest are too large.
     """
-    chosen = []
-    for found in layers:
-        every = range(len(found))
-        good = [i for i in every if found[i].share <= goals.max_share * found[i].firing]
-        chosen.append(min(good or every, key=lambda i: found[i].cost))
+    good = [
+        [c for c in found if c.share <= goals.max_share * c.firing] or list(found)
+        for found in layers
+    ]
+    for allowed in (good, layers):
+        chosen = _cheapest(allowed, budget)
+        if chosen is not None:
+            return chosen
+    raise RequestError(
+        f"even the smallest predictors need {sum(f[0].nbytes for f in layers)} bytes, "
+        f"--max-size allows {budget}"
+    )
+
+
+def _cheapest(layers: Sequence[Sequence[Candidate]], budget: int) -> list[Candidate] | None:
+    """Return the cheapest of each layer; over budget, the layer that loses least for each byte
+    saved steps down, again and again. None if that does not suffice."""
+    chosen = [min(range(len(found)), key=lambda i: found[i].cost) for found in layers]
     while sum(found[i].nbytes for found, i in zip(layers, chosen, strict=True)) > budget:
         losses = {
             il: (found[i - 1].cost - found[i].cost) / (found[i].nbytes - found[i - 1].nbytes)
@@ -153,10 +167,7 @@ def choose(layers: Sequence[Sequence[Candidate]], goals: Goals, budget: int) -> 
             if i > 0
         }
         if not losses:
-            raise RequestError(
-                f"even the smallest predictors need {sum(f[0].nbytes for f in layers)} bytes, "
-                f"--max-size allows {budget}"
-            )
+            return None
         chosen[min(losses, key=lambda il: losses[il])] -= 1
     return [found[i] for found, i in zip(layers, chosen, strict=True)]
 
@@ -271,7 +282,7 @@ def calibrate(
 ) -> Fitted:
     """Set the thresholds in the runtime itself, for the recall and then for the KL wanted.
 
-    RequestError if max_kl is not reached however many neurons are predicted.
+    The share missed is halved until max_kl holds; RequestError if that does not get there.
     """
     scores = firing_scores(model, predictors, type_, options, texts)
     recall, kl = goals.recall, 0.0
@@ -285,7 +296,7 @@ def calibrate(
                 return Fitted(fitted, type_, recall, quality)
             recall = 1 - (1 - recall) / 2
     raise RequestError(
-        f"a KL of {goals.max_kl:g} is not reached: at a recall of {2 * recall - 1:.4f} it is "
+        f"a KL of {goals.max_kl:g} is not reached: even at a recall of {2 * recall - 1:.4f} it is "
         f"{kl:.2g}"
     )
 

@@ -19,7 +19,7 @@ from ..runtime.formats import GGMLType
 from ..runtime.gguf import GGUFFile
 from ..runtime.weights import Model
 from .order import original_rows
-from .profile import Firing
+from .profile import PROFILE, Firing
 
 GPUIDX_SUFFIX = ".generated.gpuidx"
 
@@ -85,7 +85,7 @@ def export_activations(folder: Path, firing: Firing, file: GGUFFile) -> None:
     """
     if firing.frequencies is None:
         raise RequestError(f"{firing.source} has an order, but no counts that could be exported")
-    tokens = firing.keys.get("powerinfer.calibration.tokens")
+    tokens = firing.keys.get(PROFILE + "tokens")
     for il, frequency in enumerate(firing.frequencies):
         count = frequency[original_rows(file, il, len(frequency))]
         if tokens is not None:  # else they are relative, as they were read

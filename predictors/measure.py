@@ -1,7 +1,7 @@
 """What a model is worth: perplexity, distance from another model, and how good its predictors are.
 
 The figures and their names are those of llama.cpp's perplexity tool, so that they can be compared:
-each window's first half is context only, its second half is scored.
+each window's first half is context only, the tokens after it are scored.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def measure(
         for ids in texts:
             out = np.empty((len(ids), engine.config.n_vocab), np.float32)
             counts += engine.read(ids, out)
-            first = max(len(ids) // 2, 1) - 1  # the token whose successor is scored first
+            first = min(len(ids) // 2, len(ids) - 2)  # the token whose successor is scored first
             nexts = np.asarray(ids[first + 1 :])
             rows = np.arange(len(nexts))
             ours = log_softmax(out[first:-1])

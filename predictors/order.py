@@ -16,7 +16,7 @@ from ..runtime.formats import GGMLType
 from ..runtime.gguf import GGUFFile, Tensor, Value
 from ..runtime.gguf_writer import GGUFWriter, not_onto
 from ..runtime.weights import Model, load_model
-from .profile import Firing, Order
+from .profile import PROFILE, Firing, Order
 
 # One row (or element) a neuron.
 _NEURONS = re.compile(
@@ -137,6 +137,8 @@ def _keys(model: Model, changes: Changes) -> dict[str, Value]:
     keys["powerinfer.neuron_order"] = Value.of("original" if changes.undo_order else order)
     if model.weights.has_predictors:
         keys["powerinfer.predictor_input"] = Value.of(config.predictor_input)
+    if changes.firing is not None or changes.undo_order:  # ffn_freq is another, or gone
+        keys = {key: value for key, value in keys.items() if not key.startswith(PROFILE)}
     if changes.firing is not None:
         keys |= changes.firing.keys
     for key, value in changes.keys.items():

@@ -16,6 +16,7 @@ from ..runtime.formats import F32Array
 from ..runtime.gguf import Value
 from ..runtime.step import FIRED
 
+PROFILE = "powerinfer.profile."  # keys: the text that ffn_freq was counted on
 Order = npt.NDArray[np.int32]
 Counts = npt.NDArray[np.int64]
 
@@ -61,8 +62,7 @@ def profile(
 ) -> Firing:
     """Count who fires over windows of tokens; `engine` must be in exact mode.
 
-    The record (powerinfer.calibration.*) says how many tokens, which (a hash of their ids), and
-    what share of each layer's neurons fires.
+    The record (powerinfer.profile.*) says how many tokens, and which (a hash of their ids).
     """
     assert engine.mode == "exact"
     counter = FiringCounter(engine.config.n_layer, engine.config.n_ff)
@@ -74,20 +74,18 @@ def profile(
     finally:
         engine.watcher = None
     firing = Firing.of_counts(source, list(counter.counts), float(counter.tokens))
-    firing.keys.update(text_record(texts))
-    shares = counter.counts.mean(axis=1) / counter.tokens
-    firing.keys["powerinfer.calibration.firing_share"] = Value.of(shares.astype(np.float32))
+    firing.keys.update(text_record(PROFILE, texts))
     return firing
 
 
-def text_record(texts: Sequence[Sequence[int]]) -> dict[str, Value]:
-    """Return the keys that say on which text something was measured."""
+def text_record(prefix: str, texts: Sequence[Sequence[int]]) -> dict[str, Value]:
+    """Return the keys, beginning with `prefix`, that say on which text something was measured."""
     digest = hashlib.sha256()
     for ids in texts:
         digest.update(np.asarray(ids, np.int32).tobytes())
     return {
-        "powerinfer.calibration.tokens": Value.of(sum(map(len, texts))),
-        "powerinfer.calibration.text_sha256": Value.of(digest.hexdigest()),
+        prefix + "tokens": Value.of(sum(map(len, texts))),
+        prefix + "text_sha256": Value.of(digest.hexdigest()),
     }
 
 

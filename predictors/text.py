@@ -21,18 +21,17 @@ def read_text(path: Path) -> str:
 
 
 def windows(engine: Engine, text: str, length: int, limit: int | None = None) -> list[list[int]]:
-    """Cut a text into windows of `length` tokens, each with BOS where the model wants it.
+    """Cut a text into windows of `length` tokens; the first of each is BOS if the model wants one.
 
-    `limit`: of tokens in all (None: none). What is left over at the end is dropped, unless it is
-    all there is. RequestError for less than two tokens.
+    As in llama.cpp's perplexity tool, BOS takes the place of a token. `limit`: of tokens in all
+    (None: none). What is left over at the end is dropped, unless it is all there is. RequestError
+    for less than three tokens.
     """
-    if length < 2 or length > engine.context:
-        raise RequestError(f"windows of {length} tokens: 2 to {engine.context} are possible")
-    ids = engine.tokenize(text, add_bos=False)
-    first = engine.tokenize("")  # BOS, or nothing
-    step = length - len(first)
-    wanted = len(ids) if limit is None else min(len(ids), max(limit * step // length, 2))
-    if wanted < 2:
-        raise RequestError("the text is too short: at least two tokens are needed")
-    starts = range(0, max(wanted - step, 0) + 1, step)
-    return [first + ids[start : min(start + step, wanted)] for start in starts]
+    if length < 3 or length > engine.context:
+        raise RequestError(f"windows of {length} tokens: 3 to {engine.context} are possible")
+    ids = engine.tokenize(text, add_bos=False)[:limit]
+    if len(ids) < 3:
+        raise RequestError("the text is too short: at least three tokens are needed")
+    bos = engine.tokenize("")  # or nothing
+    starts = range(0, max(len(ids) - length, 0) + 1, length)
+    return [bos + ids[start + len(bos) : start + length] for start in starts]

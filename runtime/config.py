@@ -174,6 +174,7 @@ def _trained_context(file: GGUFFile, arch: str) -> int:
 
 MAX_THREADS = 512
 MAX_CONTEXT = 1 << 22
+MAX_SEQUENCES = 256
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,8 @@ class RunOptions:
     sparse_threshold: float | None = None  # overrides the file's
     vram_budget: float | None = None  # GiB; accepted for machines with a GPU
     adapt: bool = True  # generate() moves calibrated thresholds with the text (runtime/adapt.py)
+    isa: Literal["auto", "avx512vnni", "avx2", "generic"] = "auto"  # instructions of the kernels
+    sequences: int = 1  # texts that are read or written at the same time
     chunk: int = 512  # most tokens in one forward pass
 
     def __post_init__(self) -> None:
@@ -214,4 +217,7 @@ class RunOptions:
         is_size = isinstance(budget, int | float) and 0 <= budget < float("inf")
         check("vram_budget", budget is None or is_size, "0 GiB or more")
         check("adapt", isinstance(self.adapt, bool), "True or False")
+        isas = ("auto", "avx512vnni", "avx2", "generic")
+        check("isa", self.isa in isas, f"one of {', '.join(isas)}")
+        check("sequences", whole(self.sequences, 1, MAX_SEQUENCES), "1 to 256")
         check("chunk", whole(self.chunk, 1, MAX_CONTEXT), "at least 1")

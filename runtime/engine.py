@@ -15,7 +15,7 @@ import numpy as np
 
 from .adapt import Adapter
 from .backend import Backend, Plan
-from .cache import KVCache, Sequence
+from .cache import PAGE, KVCache, Sequence
 from .config import SPARSE_ACTIVATIONS, Mode, ModelConfig, RunOptions
 from .errors import ModelError, RequestError
 from .formats import F32Array, GGMLType
@@ -84,7 +84,8 @@ class Engine:
 
     def _make_plan(self) -> Plan:
         c = self.config
-        chunk = max(1, min(self.options.chunk, self.context))
+        n_seq, pages = self.options.sequences, -(-self.context // PAGE)  # whole ones for each
+        chunk = max(n_seq, min(self.options.chunk, self.context))
         f32 = self.options.kv_type == "f32" or (
             self.options.kv_type == "auto" and self.weights.layers[0].wq.type is GGMLType.F32
         )
@@ -93,10 +94,10 @@ class Engine:
         return Plan(
             config=c,
             weights=self.weights,
-            cache=KVCache(c, self.context, np.float32 if f32 else np.float16),
+            cache=KVCache(c, n_seq * pages * PAGE, np.float32 if f32 else np.float16),
             step=Step(
                 chunk,
-                n_seq_max=1,
+                n_seq_max=n_seq,
                 context=self.context,
                 n_out_max=N_OUT,
                 thresholds=[
@@ -145,28 +146,29 @@ class Engine:
             return None
         return Adapter(self.config, self.weights, self._plan.step.file_thresholds)
 
-    def _feed(
+    def feed(
         self,
-        sequence: Sequence,
-        ids: SequenceOf[int],
+        chunks: SequenceOf[tuple[Sequence, SequenceOf[int]]],
         outputs: SequenceOf[int],
         counts: Counts,
         adapter: Adapter | None = None,
     ) -> F32Array:
-        """Run one chunk of new tokens (at most options.chunk) through the model.
+        """Run new tokens of some sequences (at most options.chunk tokens) through the model.
 
-        Returns the logits [n_out, n_vocab] of the tokens in `outputs`; adds what the FFNs
-        computed to `counts`.
+        Returns the logits [n_out, n_vocab] of the tokens in `outputs`, counted over all chunks;
+        adds what the FFNs computed to `counts`. `adapter`: of the first sequence.
         """
         plan = self._plan
         out = np.empty((len(outputs), self.config.n_vocab), np.float32)
         with self._lock:
             if self._is_closed:
                 raise RequestError("the engine is closed")
-            plan.cache.extend(sequence, len(ids))
-            plan.step.fill([(sequence, ids)])
+            for sequence, ids in chunks:
+                plan.cache.extend(sequence, len(ids))
+            plan.step.fill(chunks)
             plan.buffers.counts[:] = 0
             watchers: list[Watcher] = [] if self.watcher is None else [self.watcher]
+            sequence, ids = chunks[0]
             if adapter is not None and adapter.prepare(sequence.length - len(ids), len(ids)):
                 watchers.append(adapter)
             forward(plan, self._ops, watchers)
@@ -178,13 +180,15 @@ class Engine:
             counts += plan.buffers.counts
         return out
 
-    def _no_counts(self) -> Counts:
+    def no_counts(self) -> Counts:
+        """Return zeros for feed() to add to."""
         return np.zeros((self.config.n_layer, len(COUNTS)), np.int64)
 
     def _begin(self, adapter: Adapter | None) -> Sequence:
         return Sequence(thresholds=None if adapter is None else adapter.thresholds)
 
-    def _release(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence) -> None:
+        """Give the memory of a sequence back."""
         with self._lock:
             self._plan.cache.release(sequence)
 
@@ -225,20 +229,20 @@ class Engine:
         [len(ids), n_vocab] where given. With an `adapter`, token by token, as if they were
         generated. RequestError as in logits().
         """
-        ids, counts = self._check(ids), self._no_counts()
+        ids, counts = self._check(ids), self.no_counts()
         sequence, chunk = self._begin(adapter), len(self._plan.step.tokens)
         chunk = chunk if adapter is None else 1
         try:
             for start in range(0, len(ids), chunk):
                 part = ids[start : start + chunk]
                 wanted = range(len(part) if logits is not None else 0)
-                out = self._feed(sequence, part, wanted, counts, adapter)
+                out = self.feed([(sequence, part)], wanted, counts, adapter)
                 if logits is not None:
                     logits[start : start + len(part)] = out
                 if adapter is not None:
                     adapter.settle()
         finally:
-            self._release(sequence)
+            self.release(sequence)
         return counts
 
     def generate_tokens(
@@ -263,7 +267,7 @@ class Engine:
         self, history: list[int], max_tokens: int, ignore_eos: bool, sampler: Sampler
     ) -> Iterator[int]:
         t = Timings(load_s=self.timings.load_s)
-        counts, decode_counts = self._no_counts(), self._no_counts()
+        counts, decode_counts = self.no_counts(), self.no_counts()
         finish_reason = "length"
         adapter = self.adapter()
         sequence, chunk = self._begin(adapter), len(self._plan.step.tokens)
@@ -273,7 +277,7 @@ class Engine:
                 is_last = start + chunk >= len(history) and max_tokens != 0
                 clock = time.perf_counter()
                 outputs = [len(part) - 1] if is_last else []
-                logits = self._feed(sequence, part, outputs, counts, adapter)
+                logits = self.feed([(sequence, part)], outputs, counts, adapter)
                 t.prompt_tokens += len(part)
                 t.prompt_s += time.perf_counter() - clock
             if adapter is not None:
@@ -292,12 +296,12 @@ class Engine:
                     finish_reason = "context"
                     return
                 clock = time.perf_counter()
-                logits = self._feed(sequence, [token], [0], decode_counts, adapter)
+                logits = self.feed([(sequence, [token])], [0], decode_counts, adapter)
                 if adapter is not None:
                     adapter.settle()
                 t.decode_s += time.perf_counter() - clock
         finally:
-            self._release(sequence)
+            self.release(sequence)
             tokens, rows, _, fired = (counts + decode_counts).sum(axis=0).tolist()
             if tokens:
                 t.rows_share = rows / tokens / self.config.n_ff
@@ -406,6 +410,9 @@ def _choose_mode(model: Model, options: RunOptions) -> Mode:
 def _make_backend(plan: Plan, options: RunOptions, notify: Callable[[str], Any]) -> Backend:
     if options.backend == "numpy":
         return Reference(plan)
-    from .cpu import CPU  # numba takes half a second to import
+    from .cpu import isa  # numba takes half a second to import
+
+    isa.use(options.isa)
+    from .cpu.operators import CPU
 
     return CPU(plan, options.threads, notify)

@@ -43,6 +43,24 @@ def not_onto(source: Path, target: Path) -> None:
         raise RequestError(f"{target} is the input itself: choose another output")
 
 
+def check_target(target: Path, is_gguf: bool = True) -> None:
+    """Refuse what could not be written in the end: RequestError, before any work is done."""
+    if not target.parent.is_dir():
+        raise RequestError(f"{target.parent} is not a directory: choose another output")
+    if target.exists() and not target.is_file():
+        raise RequestError(f"{target} is not a regular file: choose another output")
+    if is_gguf and target.is_file():
+        _check_is_gguf(target)
+
+
+def _check_is_gguf(path: Path) -> None:
+    if path.stat().st_size:
+        with open(path, "rb") as file:
+            if file.read(4) not in (b"GGUF", b"PWRI"):
+                # A slip of the hand must not cost somebody a checkpoint.
+                raise RequestError(f"{path} is there and is no GGUF file: not overwritten")
+
+
 def _is_unicode(text: str) -> bool:
     try:
         text.encode("utf-8")
@@ -62,11 +80,8 @@ class GGUFWriter:
         import gguf  # 0.1 s; only commands that write need it
 
         self.path = Path(path)
-        if self.path.is_file() and self.path.stat().st_size:
-            with open(self.path, "rb") as file:
-                if file.read(4) not in (b"GGUF", b"PWRI"):
-                    # A slip of the hand must not cost somebody a checkpoint.
-                    raise RequestError(f"{self.path} is there and is no GGUF file: not overwritten")
+        if self.path.is_file():
+            _check_is_gguf(self.path)
         self._gguf: Any = gguf.GGUFWriter(None, arch)
         self._value_type = gguf.GGUFValueType
         self._tensor_type = gguf.GGMLQuantizationType

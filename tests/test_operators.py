@@ -88,7 +88,7 @@ def compare_operators(path, rounds, mode, n_tok):
     ids = tiny.token_ids()[: 4 + n_tok]
     for engine in pair.engines:
         sequence = Sequence()
-        engine._feed(sequence, ids[:4], [], engine._no_counts())
+        engine.feed([(sequence, ids[:4])], [], engine.no_counts())
         plan = engine._plan
         plan.cache.extend(sequence, n_tok)
         plan.step.fill([(sequence, ids[4:])])

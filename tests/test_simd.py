@@ -1,6 +1,5 @@
 """The vector layer: half precision against NumPy, dot products against integers, per path."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from conftest import kl
 from powerinfer.runtime.cpu import isa, simd
 from powerinfer.runtime.cpu.elementwise import exp16, softmax_numerators
+from powerinfer.runtime.errors import RequestError
 
 import powerinfer
 
@@ -112,29 +112,41 @@ def test_exp():
     check_exp()
 
 
-def test_generic_path(demo_gguf, heldout_ids, tmp_path):
-    """The path for any CPU, in a process that numba is told to compile for the plainest one."""
+@pytest.mark.parametrize("name", [n for n in isa.available() if n != isa.ISA])
+def test_lesser_paths(name, demo_gguf, heldout_ids, tmp_path):
+    """What other machines run, in a process that compiles for such a machine."""
     types = ("f32", "f16", "q8_0", "q4_0")
     paths = {str(demo_gguf(t)): str(tmp_path / f"{t}.npy") for t in types}
     script = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import numpy as np, powerinfer, test_simd
-assert test_simd.isa.ISA == "generic"
+from powerinfer.runtime.cpu import isa
+isa.use({name!r})
+import numpy as np, powerinfer, test_rows, test_simd
 test_simd.check_half()
 test_simd.check_dots()
 test_simd.check_exp()
+test_rows.check_rows([t for t in test_rows.TYPES if t.name in ("F16", "Q4_0", "Q8_0", "Q6_K")])
 for path, out in {paths!r}.items():
-    with powerinfer.open(path) as llm:
+    with powerinfer.open(path, isa={name!r}) as llm:
         np.save(out, llm.logits({heldout_ids[:64]}))
 """
-    environment = os.environ | {"NUMBA_CPU_NAME": "generic"}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", script], check=True)
     for type_ in types:
         with powerinfer.open(demo_gguf(type_), backend="numpy") as llm:
             reference = llm.logits(heldout_ids[:64])
         bound = 2e-4 if type_[0] == "q" else 1e-7  # see test_model.py on values between int8 steps
         assert kl(reference, np.load(tmp_path / f"{type_}.npy")) < bound
+
+
+def test_one_path_in_a_process():
+    isa.use("auto")
+    isa.use(isa.ISA)
+    for name in ("avx512vnni", "avx2", "generic"):
+        if name != isa.ISA:
+            message = "made kernels for" if name in isa.available() else "cannot run"
+            with pytest.raises(RequestError, match=message):
+                isa.use(name)
 
 
 @pytest.mark.skipif(isa.ISA == "generic", reason="this CPU has only the generic path")

@@ -11,7 +11,7 @@ from conftest import convert, random_predictors
 from powerinfer.convert.checkpoint import read_tensors
 from powerinfer.predictors import frontier as curve
 from powerinfer.predictors import refine
-from powerinfer.predictors.capture import LayerCapture, capture
+from powerinfer.predictors.capture import LayerCapture, capture, fingerprint
 from powerinfer.predictors.factors import Factors, Signs
 from powerinfer.predictors.fit import (
     Candidate,
@@ -81,7 +81,7 @@ def test_capture(name, tiny_gguf, tmp_path):
             rows = np.array([7, 0, 243, 100])
             close = {"rtol": 2e-3, "atol": 1e-4}  # float16
             assert np.allclose(found.effect(rows), effects[rows], **close)
-            learn, check = found.split(0.15)
+            learn, check = found.split(36)
             assert (len(learn), len(check)) == (244 - 36, 36)
             assert np.allclose(check.effect(np.array([5, 1])), effects[[213, 209]], **close)
             assert np.array_equal(check.fired(slice(2)), fired[208:210])
@@ -110,6 +110,20 @@ def test_a_capture_is_used_again(tiny_gguf, tmp_path, monkeypatch):
     for damaged in (b"", b'{"fingerprint"', b"[]", b"\xff"):  # the disk was full
         (tmp_path / "capture.json").write_bytes(damaged)
         assert texts_run("mha", other, "q8_0") == 2
+
+
+def test_a_fingerprint_is_of_all_matrices(demo_gguf, tmp_path):
+    """A change of attention alone, far behind the header."""
+    source, changed = demo_gguf("f16"), tmp_path / "changed.gguf"
+    raw = bytearray(source.read_bytes())
+    at = raw.find(GGUFFile(source).tensors["blk.1.attn_q.weight"].data.tobytes())
+    assert at > 1 << 20
+    raw[at] ^= 1
+    changed.write_bytes(raw)
+    with Engine(source, EXACT) as a, Engine(changed, EXACT) as b:
+        found = fingerprint(a, TEXTS)
+        assert found == fingerprint(a, TEXTS) and fingerprint(b, TEXTS) != found
+        assert fingerprint(a, TEXTS[:3]) != found
 
 
 def test_an_interrupted_capture_is_not_taken_for_a_whole_one(tiny_gguf, tmp_path):
@@ -294,14 +308,17 @@ def layers_of_candidates(seed=0):
 def test_choices_respect_the_budget(seed):
     layers, goals = layers_of_candidates(seed), Goals(max_share=5)
     free = choose(layers, goals, 10**9)
-    for found, chosen in zip(layers, free, strict=True):
-        good = [c for c in found if c.share <= 0.5]
-        assert chosen.cost == min(c.cost for c in good or found)
+    goods = [[c for c in found if c.share <= 0.5] or found for found in layers]
+    least = sum(good[0].nbytes for good in goods)  # that max_share needs
+    for good, chosen in zip(goods, free, strict=True):
+        assert chosen.cost == min(c.cost for c in good)
     spent, last = sum(c.nbytes for c in free), sum(c.cost for c in free)
     for budget in range(spent - 1, 6 * 64 - 1, -61):
         chosen = choose(layers, goals, budget)
         total, cost = sum(c.nbytes for c in chosen), sum(c.cost for c in chosen)
         assert total <= budget
+        assert total < least or all(c in good for c, good in zip(chosen, goods, strict=True))
+        assert (total < least) is (budget < least)
         assert all(c in found for c, found in zip(chosen, layers, strict=True))
         assert budget - total < 256  # one step more was needed, not two
         last = cost
@@ -318,11 +335,20 @@ def test_choices_step_down_where_it_costs_least():
 
     steep, flat = [candidate(10, 900), candidate(20, 100)], [candidate(10, 120), candidate(20, 100)]
     assert choose([steep, flat], Goals(), 30) == [steep[1], flat[0]]
-    # A small one that names too many is taken only over budget.
+    # A small one that names too many is taken only where the others do not fit.
     crowd, good = Candidate(p, 0.9, 0.1, 10, 50), Candidate(p, 0.2, 0.1, 20, 100)
     assert choose([[crowd, good]], Goals(), 20) == [good]
     assert choose([[crowd, good]], Goals(), 19) == [crowd]
     assert choose([[crowd]], Goals(), 19) == [crowd]
+
+
+def test_choices_step_down_within_max_share_first():
+    p = random_predictor(0, 32, 4)
+    a = [Candidate(p, 0.9, 0.1, 10, 100), Candidate(p, 0.2, 0.1, 20, 110)]
+    b = [Candidate(p, 0.2, 0.1, 10, 130), Candidate(p, 0.15, 0.1, 20, 100)]
+    assert choose([a, b], Goals(), 40) == [a[1], b[1]]
+    assert choose([a, b], Goals(), 30) == [a[1], b[0]]  # though a[0] would cost less
+    assert choose([a, b], Goals(), 29) == [a[0], b[0]]
 
 
 def test_saved_candidates(tmp_path):
@@ -389,7 +415,7 @@ def one_thread():
 
 def test_training_beats_the_closed_form(demo, one_thread, monkeypatch):
     monkeypatch.setattr(refine, "BATCH", 128)  # a fifth of the time
-    learn, check = demo.data.split(0.15)
+    learn, check = demo.data.split(921)
     done = []
     trained = refine.train(learn, 64, seed=3, steps=400, progress=done.append)
     closed = Factors(demo.layer, learn).predictor(64)
@@ -540,6 +566,16 @@ def test_hot_first_files_and_back(tiny_gguf, text, tmp_path, capfd):
     assert train(capfd, hot, text, trained, "--type", "f32")[0] == 0
     assert run(capfd, "profile", trained, "--undo", "-o", back)[0] == 0
     assert GGUFFile(trained).get_str("powerinfer.neuron_order") == "hot-first"
+    records = {}
+    for path in (hot, trained, back):
+        keys = GGUFFile(path).metadata.items()
+        for what in ("profile", "calibration"):
+            found = {k: np.array(v.value).tolist() for k, v in keys if f"powerinfer.{what}." in k}
+            records[path, what] = found
+    assert len(records[hot, "profile"]) == 2 and records[hot, "calibration"] == {}
+    assert records[trained, "profile"] == records[hot, "profile"]
+    assert records[back, "profile"] == {} != records[trained, "calibration"]
+    assert records[back, "calibration"] == records[trained, "calibration"]
     ids, scores, logits = tiny.token_ids(), {}, {}
     for path in (trained, back):
         with Engine(path, RunOptions(threads=2)) as engine:
@@ -558,7 +594,7 @@ def test_an_interrupted_run_goes_on(tiny_gguf, text, tmp_path, monkeypatch, capf
     def grow(*args):
         if len(grown) == stop_after:
             raise KeyboardInterrupt
-        grown.append(1)
+        grown.append(args[2])
         return plain_grow(*args)
 
     def count(engine, texts, folder, progress):
@@ -568,7 +604,7 @@ def test_an_interrupted_run_goes_on(tiny_gguf, text, tmp_path, monkeypatch, capf
     monkeypatch.setattr(command, "capture", count)
     stop_after = 1
     assert train(capfd, source, text, target)[0] == 130
-    assert len(grown) == 1 and captures and not target.exists()
+    assert grown == [256] and captures and not target.exists()  # checked on the last window
     assert (work / "layer_0.npz").exists() and not (work / "layer_1.npz").exists()
 
     captures.clear(), grown.clear()
@@ -612,7 +648,7 @@ def test_goals_that_are_not_reached(tiny_gguf, text, tmp_path, capfd):
     line = one_sentence(train(capfd, source, text, target, "--max-size", "1%"), "train-predictors")
     assert "even the smallest predictors need" in line and "--max-size allows" in line
     line = one_sentence(train(capfd, source, text, target, "--max-kl", "1e-12"), "train-predictors")
-    assert "a KL of 1e-12 is not reached: at a recall of 0.998" in line
+    assert "a KL of 1e-12 is not reached: even at a recall of 0.998" in line
     assert not target.exists()
     code, _, err = train(capfd, source, text, target, "--max-share", "1")
     assert code == 0 and "warning: layers 0, 1 name more than 1 times" in err
@@ -636,10 +672,7 @@ def test_train_predictors_failures(tiny_gguf, text, tmp_path, monkeypatch, capfd
     source, target = tiny_gguf("mha", "f16"), tmp_path / "x.gguf"
     (tmp_path / "short").write_text("Only a few words.")
     (tmp_path / "latin").write_bytes(b"K\xe4se")
-    (tmp_path / "notes.txt").write_text("do not lose me")
     for model, args, message in (
-        (source, ["-o", source], "is the input itself"),
-        (source, ["-o", tmp_path / "notes.txt"], "not overwritten"),
         (source, ["-f", tmp_path / "short"], "short is too short"),
         (source, ["-f", tmp_path / "latin"], "not UTF-8"),
         (source, ["-f", tmp_path / "missing"], "No such file"),
@@ -649,15 +682,43 @@ def test_train_predictors_failures(tiny_gguf, text, tmp_path, monkeypatch, capfd
     ):
         result = train(capfd, model, text, target, *args)
         assert message in one_sentence(result, "train-predictors"), args
-        assert "not overwritten" in message or "capturing" not in result[2]  # at once
+        assert "capturing" not in result[2]  # at once
         assert not target.exists() and not (tmp_path / "x.gguf.work").exists()
-    assert (tmp_path / "notes.txt").read_text() == "do not lose me"
     monkeypatch.setitem(sys.modules, "torch", None)
     result = train(capfd, source, text, target, "--method", "trained")
     assert "training needs torch" in one_sentence(result, "train-predictors")
     common = ("-f", text, "-o", target, "--max-size", "20%")
     code, _, err = run(capfd, "train-predictors", source, *common)
     assert code == 0 and "torch is not installed: predictors in closed form" in err
+
+
+def test_outputs_are_checked_at_the_start(tiny_gguf, text, tmp_path, monkeypatch, capfd):
+    def fail(*_):
+        pytest.fail("work was done")
+
+    source, notes, target = tiny_gguf("mha", "f16"), tmp_path / "notes.txt", tmp_path / "x.gguf"
+    notes.write_text("do not lose me")
+    for name in ("capture", "grow", "rewrite"):
+        monkeypatch.setattr(command, name, fail)
+    nowhere, before = tmp_path / "nowhere", source.read_bytes()
+    for model, args, message in (
+        (source, ["-o", notes], "not overwritten"),
+        (source, ["-o", nowhere / "x.gguf"], "nowhere is not a directory"),
+        (source, ["-o", notes / "x.gguf"], "notes.txt is not a directory"),
+        (source, ["-o", tmp_path], "is not a regular file"),
+        (source, ["-o", source], "is the input itself"),
+        (notes, ["-o", notes], "is the input itself"),
+        (source, ["--report", nowhere / "x.json"], "nowhere is not a directory"),
+        (source, ["--report", tmp_path], "is not a regular file"),
+    ):
+        result = train(capfd, model, text, target, *args)
+        assert message in one_sentence(result, "train-predictors"), args
+    assert source.read_bytes() == before and notes.read_text() == "do not lose me"
+    assert list(tmp_path.iterdir()) == [notes]
+    pytest.importorskip("matplotlib")
+    result = train(capfd, source, text, target, "--plot", nowhere / "x.png")
+    assert "nowhere is not a directory" in one_sentence(result, "train-predictors")
+    assert list(tmp_path.iterdir()) == [notes]
 
 
 def test_train_predictors_usage(tiny_gguf, text, tmp_path, capfd):

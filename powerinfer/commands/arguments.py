@@ -30,9 +30,27 @@ def beside(source: Path, word: str) -> Path:
     return source.with_name(f"{source.name.removesuffix('.gguf')}.{word}.gguf")
 
 
+def add_isa(parser: argparse.ArgumentParser) -> None:
+    """Add --isa, for trying what other machines would run."""
+    parser.add_argument(
+        "--isa",
+        choices=["auto", "avx512vnni", "avx2", "generic"],
+        default="auto",
+        help="instructions of the CPU kernels (default: the best that this CPU has)",
+    )
+
+
 def share(text: str) -> float:
     """Parse a share between 0 and 1, as 0.95 or 95%."""
     value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
+
+
+def numbers(text: str) -> list[int]:
+    """Parse whole numbers from 0 on, as in 1,2,8."""
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text} has a number below 0")
+    return values

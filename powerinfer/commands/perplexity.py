@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-m", "--model", type=Path, metavar="FILE", required=True)
     add("-f", "--file", type=Path, required=True, help="the text")
-    add("-n", "--tokens", type=at_least(2), help="of the text (default: all)")
-    add("-c", "--ctx-size", type=at_least(2), help="tokens in a window (default: at most 512)")
+    add("-n", "--tokens", type=at_least(3), help="of the text (default: all)")
+    add("-c", "--ctx-size", type=at_least(3), help="tokens in a window (default: at most 512)")
     add("-t", "--threads", type=at_least(1), help="default: physical cores")
     add("--backend", choices=["auto", "numpy", "cpu"], default="auto")
     add("--kl-base", type=Path, metavar="REF.gguf", help="compare with this model, run exactly")

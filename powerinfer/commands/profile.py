@@ -17,6 +17,7 @@ from ..predictors.text import read_text, windows
 from ..runtime.config import RunOptions
 from ..runtime.engine import Engine
 from ..runtime.gguf import GGUFFile
+from ..runtime.gguf_writer import check_target, not_onto
 from ..runtime.weights import load_model
 from .arguments import at_least, beside, say
 
@@ -25,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL.gguf")
     add("-f", "--file", type=Path, help="the text to run")
-    add("-n", "--tokens", type=at_least(2), default=32768, help="of the text (default: 32768)")
-    add("-c", "--ctx-size", type=at_least(2), help="tokens at a time (default: at most 512)")
+    add("-n", "--tokens", type=at_least(3), default=32768, help="of the text (default: 32768)")
+    add("-c", "--ctx-size", type=at_least(3), help="tokens at a time (default: at most 512)")
     add("-t", "--threads", type=at_least(1), help="default: physical cores")
     add("-o", "--outfile", type=Path, help="default: MODEL.hot.gguf")
     add("--activations", type=Path, metavar="DIR", help="activation_0.pt, ... in place of a text")
@@ -40,6 +41,9 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error("one of -f FILE, --activations DIR and --undo is needed")
     if args.undo and args.export:
         parser.error("--undo counts nothing that could be exported")
+    target = args.outfile or beside(args.model, "original" if args.undo else "hot")
+    not_onto(args.model, target)
+    check_target(target)
     if args.undo:
         firing = None
         changes = Changes(undo_order=True)
@@ -49,7 +53,6 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if args.export:
             export_activations(args.export, firing, GGUFFile(args.model))
             say(f"wrote {args.export}/activation_0.pt ...")
-    target = args.outfile or beside(args.model, "original" if args.undo else "hot")
     total = sum(tensor.nbytes for tensor in GGUFFile(args.model).tensors.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="rewriting") as bar:
         rewrite(args.model, target, changes, bar.update)

@@ -43,7 +43,7 @@ from ..quantize.policy import TARGETS
 from ..runtime.config import RunOptions
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
-from ..runtime.gguf_writer import not_onto, replacing
+from ..runtime.gguf_writer import check_target, not_onto, replacing
 from ..runtime.weights import Model, load_model
 from .arguments import at_least, beside, say, share
 
@@ -105,6 +105,10 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         pyplot()  # whether it is there, before an hour of training
     target = args.outfile or beside(args.model, "predicted")
     not_onto(args.model, target)
+    check_target(target)
+    for path in (args.report, args.plot):
+        if path is not None:
+            check_target(path, is_gguf=False)
     _make(args, method, target)
     return 0
 
@@ -123,9 +127,11 @@ def _make(args: argparse.Namespace, method: Method, target: Path) -> None:
             raise RequestError(
                 f"{args.file} is too short: two windows of {length} tokens are needed"
             )
-        work.mkdir(parents=True, exist_ok=True)
+        work.mkdir(exist_ok=True)
         with tqdm(total=sum(map(len, texts)), unit=" tokens", desc="capturing") as bar:
             data = capture(engine, texts, work, bar.update)
+        check = texts[-max(int(len(texts) * VALIDATION), 1) :]
+        n_check = sum(map(len, check))
         made_for = {
             "fingerprint": fingerprint(engine, texts),
             "method": method,
@@ -139,22 +145,24 @@ def _make(args: argparse.Namespace, method: Method, target: Path) -> None:
             path = work / f"layer_{il}.npz"
             found = load_candidates(path, made_for)
             if found is None:
-                found = grow(layer, captured, type_, goals, method, args.seed, bar.set_postfix_str)
+                found = grow(
+                    layer, captured, n_check, type_, goals, method, args.seed, bar.set_postfix_str
+                )
                 save_candidates(path, found, made_for)
             layers.append(found)
             bar.update(1)
     budget = int(goals.max_size * sum(t.nbytes for t in model.file.tensors.values()))
     chosen = choose(layers, goals, budget)
-    check = texts[-max(int(len(texts) * VALIDATION), 1) :]
     say("calibrating thresholds, measuring")
     fitted = calibrate(model, [c.predictor for c in chosen], type_, goals, options, check)
     if args.report or args.plot:
         _report(args, model, fitted, method, data, options, check)
     total = sum(tensor.nbytes for tensor in model.file.tensors.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing") as bar:
-        keys = {**fitted.keys(), **text_record(texts)}
+        keys = {**fitted.keys(), **text_record("powerinfer.calibration.", texts)}
         rewrite(args.model, target, Changes(predictors=fitted.tensors(), keys=keys), bar.update)
-    shutil.rmtree(work)
+    del data, captured  # open maps cannot be removed everywhere
+    shutil.rmtree(work, ignore_errors=True)
     print(_summary(fitted, chosen, model, goals), file=sys.stderr)
     say(f"wrote {target}")
 
@@ -170,7 +178,8 @@ def _report(
 ) -> None:
     """Measure all kinds of predictors; write the report and the picture asked for."""
     kinds: dict[str, list[Predictor]] = {method: fitted.predictors}
-    splits = [captured.split(VALIDATION) for captured in data]
+    n_check = sum(map(len, texts))
+    splits = [captured.split(n_check) for captured in data]
     if method == "trained":  # the closed form of the same ranks beside it
         kinds["factors"] = [
             assess(

@@ -1,4 +1,4 @@
-"""Which instructions the kernels use: one path, chosen when this module is imported.
+"""Which instructions the kernels use: one path for the whole process, chosen before they are made.
 
 From the CPU's features, never its name: a kernel that needs a missing feature aborts the process
 inside LLVM.
@@ -7,26 +7,51 @@ inside LLVM.
 from __future__ import annotations
 
 import platform
+import sys
 
 import llvmlite.binding
 from numba.core import config
 
+from ..errors import RequestError
 
-def _choose_isa() -> str:
+_NEEDS = {
+    "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512vnni"),
+    "avx2": ("avx2", "fma", "f16c"),
+    "generic": (),
+}
+# What LLVM may use when a lesser path is forced: no more than such a CPU has.
+_CPU_NAMES = {"avx2": "haswell", "generic": "generic"}
+
+
+def available() -> list[str]:
+    """Return the paths that this CPU can run, best first."""
     if config.CPU_NAME or config.CPU_FEATURES:  # the user told numba to target something else
-        return "generic"
+        return ["generic"]
     has = llvmlite.binding.get_host_cpu_features()
-    if all(has.get(f) for f in ("avx512f", "avx512bw", "avx512vl", "avx512vnni")):
-        return "avx512vnni"
-    if all(has.get(f) for f in ("avx2", "fma", "f16c")):
-        return "avx2"
-    return "generic"
+    return [name for name, needs in _NEEDS.items() if all(has.get(f) for f in needs)]
 
 
-ISA = _choose_isa()
-# vpdpbusd multiplies unsigned by signed bytes: signed weights are shifted by 128 there, and the
-# accumulator starts at -128 * sum(x). The other paths multiply signed bytes as they are.
-Q8_BIAS = 128 if ISA == "avx512vnni" else 0
+def _set(name: str) -> None:
+    global ISA, Q8_BIAS, HAS_HALF
+    ISA = name
+    # vpdpbusd multiplies unsigned by signed bytes: signed weights are shifted by 128 there, and
+    # the accumulator starts at -128 * sum(x). The other paths multiply signed bytes as they are.
+    Q8_BIAS = 128 if name == "avx512vnni" else 0
+    # Without instructions for it LLVM would call a helper that the process does not have.
+    HAS_HALF = name != "generic" or platform.machine().lower() in ("arm64", "aarch64")
 
-# Without instructions for it LLVM would call a helper that the process does not have.
-HAS_HALF = ISA != "generic" or platform.machine().lower() in ("arm64", "aarch64")
+
+ISA, Q8_BIAS, HAS_HALF = "", 0, False
+_set(available()[0])
+
+
+def use(name: str) -> None:
+    """Force a path ("auto": the best). RequestError if this CPU or this process cannot."""
+    if name in ("auto", ISA):
+        return
+    if name not in available():
+        raise RequestError(f"this CPU cannot run {name}; it can run {', '.join(available())}")
+    if f"{__package__}.simd" in sys.modules:
+        raise RequestError(f"this process has made kernels for {ISA} already, not for {name}")
+    config.CPU_NAME, config.CPU_FEATURES = _CPU_NAMES[name], ""
+    _set(name)

@@ -448,6 +448,11 @@ def q6_k_scales(b, scales, d, x_scales):
 
 def _nibbles_f32(b: Any, address: Any, shift: int) -> Any:
     nibbles = load(b, address, ir.VectorType(i8, 16))
+    if ISA == "avx512vnni":
+        # A table of the 16 values, looked up by the lowest 4 bits of each lane.
+        lanes = b.lshr(b.zext(nibbles, I32x16.llvm), constant(I32x16.llvm, shift))
+        table = ir.Constant(F32x16.llvm, [float(q - 8) for q in range(16)])
+        return call(b, "llvm.x86.avx512.permvar.sf.512", F32x16.llvm, table, lanes)
     byte16 = nibbles.type
     nibbles = b.and_(b.lshr(nibbles, constant(byte16, shift)), constant(byte16, 15))
     return b.sitofp(b.sub(nibbles, constant(byte16, 8)), F32x16.llvm)

@@ -1,0 +1,86 @@
+"""Measure speed: prompts, decoding and batches, beside what the memory of this machine allows.
+
+The bound is what decoding could reach if it did nothing but read, once, the weights that a token
+needs, at the bandwidth measured in the same run. Rounds of all tests (and of --vs) take turns;
+the table shows medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..runtime.config import Mode, RunOptions
+from ..runtime.errors import RequestError
+from ..runtime.weights import load_model
+from ..tools.bench import RATE, Bench, Test, as_json, as_table, other_rate, parts_table
+from .arguments import add_isa, at_least, numbers, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-m", "--model", type=Path, metavar="FILE", required=True)
+    add("-p", "--prompt", type=numbers, default=[64, 512], help="prompt lengths (64,512; 0: none)")
+    add("-n", "--decode", type=numbers, default=[128], help="tokens to write (128; 0: none)")
+    add("-t", "--threads", type=numbers, help="numbers of threads, like 1,2 (physical cores)")
+    add("-b", "--batch", type=numbers, default=[1], help="texts side by side, like 1,4,8")
+    add("-r", "--rounds", type=at_least(1), default=5, help="default: 5")
+    add("--vs", metavar="COMMAND", help="another program to take turns with; it prints its rate")
+    add("--vs-pattern", default=RATE, metavar="REGEX", help="finds the rate in its output")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--exact", action="store_true", help="no predictor: lossless sparsity")
+    mode.add_argument("--dense", action="store_true", help="compute everything")
+    add_isa(parser)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for programs")
+    form.add_argument("--md", action="store_true", help="only the table")
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from ..runtime.cpu.pool import physical_cores
+
+    mode: Mode | None = "exact" if args.exact else "dense" if args.dense else None
+    threads = [t for t in args.threads or [physical_cores()] if t]
+    tests = [Test(t, n_prompt=p) for t in threads for p in args.prompt if p]
+    tests += [
+        Test(t, n_decode=n, batch=b)
+        for t in threads
+        for n in args.decode
+        for b in args.batch
+        if n and b
+    ]
+    if not tests:
+        parser.error("nothing to measure: -p, -n, -t and -b leave no test")
+    try:
+        options = RunOptions(mode=mode, isa=args.isa)
+    except RequestError as error:
+        parser.error(str(error))
+    model, others = load_model(args.model), []
+    with Bench(model, options, tests, notify=say) as bench:
+        with tqdm(total=args.rounds, unit=" rounds", desc="measuring") as bar:
+            for _ in range(args.rounds):
+                bench.round(bar.set_postfix_str)
+                if args.vs:
+                    others.append(other_rate(args.vs, args.vs_pattern))
+                bar.update(1)
+        results = bench.results()
+    if args.json:
+        print(json.dumps(as_json(results, others), indent=2))
+        return 0
+    if not args.md:
+        size = sum(tensor.nbytes for tensor in model.file.tensors.values())
+        print(f"{model.config.name}: {size / 2**20:.0f} MiB")
+    print(as_table(results))
+    decode = next((r.traffic for r in results if r.traffic is not None), None)
+    if decode is not None and not args.md:
+        print(parts_table(decode))
+    if others:
+        rate = statistics.median(others)
+        print(f"{args.vs}: {rate:.1f} t/s ({min(others):.1f}-{max(others):.1f})")
+        for r in results:
+            print(f"{r.test.name}, {r.test.threads} threads: {r.rate / rate:.2f} times that")
+    return 0

@@ -1,0 +1,93 @@
+"""The benchmark measures what it says; how fast is no test's business."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import kl
+from powerinfer.runtime.cache import Sequence
+from powerinfer.runtime.config import RunOptions
+from powerinfer.runtime.cpu.bandwidth import Reader
+from powerinfer.runtime.engine import Engine
+from powerinfer.runtime.errors import RequestError
+from powerinfer.tools.bench import other_rate
+from powerinfer.tools.demo_model import demo_model
+from test_cli import run
+
+import powerinfer
+
+SAYS = f"{sys.executable} -c 'print(\"eval: 12.5 tokens per second\")'"
+
+
+def test_json(capfd):
+    options = ["-p", "16", "-n", "4", "-t", "1,2", "-b", "1,3", "-r", "2", "--json", "--vs", SAYS]
+    code, out, _ = run(capfd, "bench", "-m", demo_model(), *options)
+    assert code == 0
+    report = json.loads(out)
+    assert report["other_tokens_per_second"] == [12.5, 12.5]
+    rows = report["results"]
+    assert [(r["threads"], r["n_prompt"], r["n_decode"], r["batch"]) for r in rows] == [
+        *[(1, 16, 0, 1), (2, 16, 0, 1)],
+        *[(t, 0, 4, b) for t in (1, 2) for b in (1, 3)],
+    ]
+    for row in rows:
+        assert len(row["rounds"]) == 2 and min(row["rounds"]) > 0
+        assert 0.1 < row["neurons_computed"] < 0.5
+        assert row["bandwidth"] > 1e8
+        assert (row["bytes_per_token"] is None) == (row["n_prompt"] > 0)
+        if row["bound"] is not None:
+            read = sum(row["bytes_per_token"].values())
+            assert row["bound"] == pytest.approx(row["bandwidth"] / read)
+
+
+def test_table(capfd):
+    options = ["-p", "0", "-n", "3", "-r", "1", "--dense"]
+    code, out, _ = run(capfd, "bench", "-m", demo_model(), *options)
+    assert code == 0
+    assert "| decode 3 |" in out and "| 100.0% |" in out and "MB a token by part" in out
+
+
+def test_usage(capfd, tmp_path):
+    for options in (["-p", "0", "-n", "0"], ["-p", "-5"], ["-t", "x"], ["-r", "0"]):
+        assert run(capfd, "bench", "-m", demo_model(), *options)[0] == 2
+    assert run(capfd, "bench", "-m", tmp_path / "none.gguf")[0] == 1
+
+
+def test_other_programs():
+    assert other_rate(SAYS) == 12.5
+    says = f"{sys.executable} -c 'print(\"| tg128 | 7 +- 1 t/s | pp 3.25 t/s\")'"
+    assert other_rate(says) == 3.25
+    for command, message in (
+        (f"{sys.executable} -c 'print(5)'", "printed nothing like"),
+        (f"{sys.executable} -c 'raise SystemExit(3)'", "code 3"),
+        ("/nowhere/at/all", "No such file"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            other_rate(command)
+
+
+def test_reader():
+    reader = Reader(2)
+    assert reader.measure(1) > 1e8
+    reader.close()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "numpy"])
+def test_texts_side_by_side(backend):
+    """Each sequence of a batch gets the logits that it gets alone, to the bit on the CPU."""
+    rng = np.random.default_rng(8)
+    texts = rng.integers(3, 4096, (3, 12)).tolist()
+    with Engine(demo_model(), RunOptions(sequences=3, context=64, backend=backend)) as engine:
+        sequences = [Sequence() for _ in texts]
+        counts = engine.no_counts()
+        engine.feed([(s, t[:5]) for s, t in zip(sequences, texts, strict=True)], [], counts)
+        for i in range(5, 12):
+            chunks = [(s, [t[i]]) for s, t in zip(sequences, texts, strict=True)]
+            together = engine.feed(chunks, [0, 1, 2], counts)
+    with powerinfer.open(demo_model(), context=64, backend=backend) as llm:
+        alone = np.array([llm.logits(text)[-1] for text in texts])
+    if backend == "cpu":
+        assert np.array_equal(together, alone)
+    else:
+        assert kl(alone, together) < 1e-3

@@ -1,0 +1,225 @@
+"""Measuring speed: prompts, decoding and batches, against what memory allows and other programs.
+
+What is written does not matter here: tokens are fixed random ones, as in llama-bench, so that
+every run does the same work and greedy repetition makes nothing look fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..runtime.cache import Sequence as TextSequence
+from ..runtime.config import RunOptions
+from ..runtime.engine import Engine
+from ..runtime.errors import RequestError
+from ..runtime.traffic import Traffic, traffic
+from ..runtime.weights import Model
+
+WARM_UP = 4  # tokens before the clock starts
+RATE = r"([0-9]+(?:\.[0-9]+)?)\s*(?:tokens per second|tok/s|t/s)"
+
+
+@dataclass(frozen=True)
+class Test:
+    """One line of the table: `n_prompt` tokens read at once, or `n_decode` written one by one."""
+
+    threads: int
+    n_prompt: int = 0
+    n_decode: int = 0
+    batch: int = 1  # texts written side by side
+
+    @property
+    def name(self) -> str:
+        return f"prompt {self.n_prompt}" if self.n_prompt else f"decode {self.n_decode}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a test came to; rates in tokens per second, traffic in bytes per token."""
+
+    test: Test
+    rates: list[float]  # of every round
+    traffic: Traffic | None  # of decoding
+    computed: float  # share of the neurons
+    bandwidth: float  # bytes per second, in the same run
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+    @property
+    def bound(self) -> float | None:
+        """Tokens per second if nothing but weights were read, each once for one text."""
+        if self.traffic is None or self.test.batch > 1:
+            return None
+        return self.bandwidth / self.traffic.total
+
+
+class Bench:
+    """A model opened once per number of threads, measured round by round."""
+
+    def __init__(
+        self,
+        model: Model,
+        options: RunOptions,
+        tests: Sequence[Test],
+        notify: Callable[[str], Any] = lambda _: None,
+    ) -> None:
+        self._tests = tests
+        self._engines: dict[int, Engine] = {}
+        self._rates: dict[Test, list[float]] = {test: [] for test in tests}
+        self._counts: dict[Test, np.ndarray] = {}
+        self._bandwidth: dict[int, list[float]] = {}
+        batch = max(test.batch for test in tests)
+        longest = max(test.n_prompt + test.n_decode for test in tests) + WARM_UP
+        for threads in sorted({test.threads for test in tests}):
+            own = dataclasses.replace(
+                options, threads=threads, sequences=batch, context=longest, adapt=False
+            )
+            self._engines[threads] = Engine(model, own, notify)
+            self._bandwidth[threads] = []
+        draws = np.random.default_rng(22).integers(0, model.config.n_vocab, (batch, longest))
+        self._ids: list[list[int]] = draws.tolist()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for engine in self._engines.values():
+            engine.close()
+
+    def round(self, progress: Callable[[str], Any] = lambda _: None) -> None:
+        """Run every test once, and read memory beside it."""
+        from ..runtime.cpu.bandwidth import Reader
+
+        for threads in self._engines:
+            reader = Reader(threads)
+            self._bandwidth[threads].append(reader.measure())
+            reader.close()
+        for test in self._tests:
+            progress(f"{test.name}, {test.threads} threads")
+            seconds, counts = self._run(test)
+            n = test.n_prompt or test.n_decode * test.batch
+            self._rates[test].append(n / seconds)
+            self._counts[test] = counts
+
+    def _run(self, test: Test) -> tuple[float, np.ndarray]:
+        """Return the seconds of a test and what its FFNs computed."""
+        engine = self._engines[test.threads]
+        sequences = [TextSequence() for _ in range(test.batch)]
+        counts = engine.no_counts()
+        try:
+            if test.n_prompt:
+                ids = self._ids[0][: test.n_prompt]
+                started = time.perf_counter()
+                chunk = engine.options.chunk
+                for at in range(0, len(ids), chunk):
+                    part = ids[at : at + chunk]
+                    wanted = [len(part) - 1] if at + chunk >= len(ids) else []
+                    engine.feed([(sequences[0], part)], wanted, counts)
+                return time.perf_counter() - started, counts
+            wanted = list(range(test.batch))
+            started = 0.0
+            for step in range(WARM_UP + test.n_decode):
+                if step == WARM_UP:
+                    counts[:] = 0
+                    started = time.perf_counter()
+                tokens = [self._ids[i][step : step + 1] for i in range(test.batch)]
+                engine.feed(list(zip(sequences, tokens, strict=True)), wanted, counts)
+            return time.perf_counter() - started, counts
+        finally:
+            for sequence in sequences:
+                engine.release(sequence)
+
+    def results(self) -> list[Result]:
+        out = []
+        for test in self._tests:
+            engine, counts = self._engines[test.threads], self._counts[test]
+            tokens, rows = counts[:, 0].sum(), counts[:, 1].sum()
+            out.append(
+                Result(
+                    test=test,
+                    rates=self._rates[test],
+                    traffic=traffic(engine.weights, engine.mode, counts) if test.n_decode else None,
+                    computed=float(rows / max(tokens, 1) / engine.config.n_ff),
+                    bandwidth=max(self._bandwidth[test.threads]),
+                )
+            )
+        return out
+
+
+def other_rate(command: str, pattern: str = RATE) -> float:
+    """Run another program and return the last rate in its output, in tokens per second.
+
+    RequestError if it fails or says no rate.
+    """
+    try:
+        done = subprocess.run(
+            shlex.split(command), capture_output=True, text=True, errors="replace"
+        )
+    except OSError as error:
+        raise RequestError(f"{command}: {error.strerror}") from None
+    if done.returncode != 0:
+        raise RequestError(f"{command} ended with code {done.returncode}")
+    found = re.findall(pattern, done.stdout + done.stderr)
+    if not found:
+        raise RequestError(f"{command} printed nothing like '12.3 tokens per second'")
+    return float(found[-1])
+
+
+def as_json(results: Sequence[Result], others: Sequence[float]) -> dict[str, Any]:
+    """Return all figures, ready for JSON."""
+    rows = []
+    for r in results:
+        rows.append(
+            {
+                **dataclasses.asdict(r.test),
+                "tokens_per_second": r.rate,
+                "rounds": r.rates,
+                "bytes_per_token": None if r.traffic is None else dataclasses.asdict(r.traffic),
+                "neurons_computed": r.computed,
+                "bandwidth": r.bandwidth,
+                "bound": r.bound,
+            }
+        )
+    return {"results": rows, "other_tokens_per_second": list(others)}
+
+
+def as_table(results: Sequence[Result]) -> str:
+    """Return a Markdown table."""
+    lines = [
+        "| test | threads | batch | t/s | spread | MB/token | neurons | GB/s | bound t/s | of it |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        spread = f"{min(r.rates):.1f}-{max(r.rates):.1f}"
+        cells = [r.test.name, str(r.test.threads), str(r.test.batch), f"{r.rate:.1f}", spread]
+        if r.traffic is None:
+            cells += ["", f"{r.computed:.1%}", f"{r.bandwidth / 1e9:.1f}", "", ""]
+        else:
+            cells += [
+                f"{r.traffic.total / 1e6:.1f}",
+                f"{r.computed:.1%}",
+                f"{r.bandwidth / 1e9:.1f}",
+                "" if r.bound is None else f"{r.bound:.1f}",
+                "" if r.bound is None else f"{r.rate / r.bound:.0%}",
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parts_table(traffic: Traffic) -> str:
+    """Return what a token reads, by part."""
+    parts = ("attention", "predictor", "decider", "up", "down", "head")
+    values = ", ".join(f"{part} {getattr(traffic, part) / 1e6:.1f}" for part in parts)
+    return f"MB a token by part: {values}"
