@@ -333,24 +333,48 @@ def axpy_float(type_, w, n, a, y, ahead):
         store_f32(y + 4 * i, fma1(_load1(type_, w, i), a, load_f32(y + 4 * i)))
 
 
-@inline
-def _axpy_q4_0(w, n, a, y, ahead):
-    for _ in range(n // 32):
-        prefetch(w + ahead)
-        scale = splat(a * load_f16(w))
-        store_f32x16(y, fma(q4_0_low(w + 2), scale, load_f32x16(y)))
-        store_f32x16(y + 64, fma(q4_0_high(w + 2), scale, load_f32x16(y + 64)))
-        w, y = w + 18, y + 128
+# Two rows at a time, so that y is read and written half as often: y += a * v + b * w. The sums are
+# those of one row after the other.
 
 
 @inline
-def _axpy_q8_0(w, n, a, y, ahead):
+def _axpy2_float(type_, v, w, n, a, b, y, ahead_v, ahead_w):
+    scale_v, scale_w = splat(a), splat(b)
+    for i in range(0, n - 15, 16):
+        if type_ <= F16 or type_ == BF16:
+            prefetch(v + (4 if type_ == F32 else 2) * i + ahead_v)
+            prefetch(w + (4 if type_ == F32 else 2) * i + ahead_w)
+        total = fma(load16(type_, v, i), scale_v, load_f32x16(y + 4 * i))
+        store_f32x16(y + 4 * i, fma(load16(type_, w, i), scale_w, total))
+    for i in range(n // 16 * 16, n):
+        one = fma1(_load1(type_, v, i), a, load_f32(y + 4 * i))
+        store_f32(y + 4 * i, fma1(_load1(type_, w, i), b, one))
+
+
+@inline
+def _axpy2_q4_0(v, w, n, a, b, y, ahead_v, ahead_w):
     for _ in range(n // 32):
-        prefetch(w + ahead)
-        scale = splat(a * load_f16(w))
-        store_f32x16(y, fma(load_i8x16(w + 2), scale, load_f32x16(y)))
-        store_f32x16(y + 64, fma(load_i8x16(w + 18), scale, load_f32x16(y + 64)))
-        w, y = w + 34, y + 128
+        prefetch(v + ahead_v)
+        prefetch(w + ahead_w)
+        scale_v, scale_w = splat(a * load_f16(v)), splat(b * load_f16(w))
+        low = fma(q4_0_low(v + 2), scale_v, load_f32x16(y))
+        high = fma(q4_0_high(v + 2), scale_v, load_f32x16(y + 64))
+        store_f32x16(y, fma(q4_0_low(w + 2), scale_w, low))
+        store_f32x16(y + 64, fma(q4_0_high(w + 2), scale_w, high))
+        v, w, y = v + 18, w + 18, y + 128
+
+
+@inline
+def _axpy2_q8_0(v, w, n, a, b, y, ahead_v, ahead_w):
+    for _ in range(n // 32):
+        prefetch(v + ahead_v)
+        prefetch(w + ahead_w)
+        scale_v, scale_w = splat(a * load_f16(v)), splat(b * load_f16(w))
+        low = fma(load_i8x16(v + 2), scale_v, load_f32x16(y))
+        high = fma(load_i8x16(v + 18), scale_v, load_f32x16(y + 64))
+        store_f32x16(y, fma(load_i8x16(w + 2), scale_w, low))
+        store_f32x16(y + 64, fma(load_i8x16(w + 18), scale_w, high))
+        v, w, y = v + 34, w + 34, y + 128
 
 
 @inline
@@ -397,17 +421,22 @@ def _make_dots(type_):
 
 def _make_axpys(type_):
     def axpys(w, row_bytes, n, rows, count, values, y):
-        k = min((AHEAD + row_bytes - 1) // row_bytes, SLACK)
-        for i in range(count):
-            row = _row(rows, i)
-            at, ahead = w + row * row_bytes, (_row(rows, i + k) - row) * row_bytes
+        k = min((AHEAD + row_bytes - 1) // row_bytes, SLACK - 1)
+        for i in range(0, count, 2):
+            # A last row without a partner is added together with 0 times itself.
+            j = min(i + 1, count - 1)
+            row, other = _row(rows, i), _row(rows, j)
             a = load_f32(values + 4 * i)
+            b = load_f32(values + 4 * j) if j > i else np.float32(0)
+            v, u = w + row * row_bytes, w + other * row_bytes
+            ahead_v = (_row(rows, i + k) - row) * row_bytes
+            ahead_u = (_row(rows, j + k) - other) * row_bytes
             if type_ == Q4_0:
-                _axpy_q4_0(at, n, a, y, ahead)
+                _axpy2_q4_0(v, u, n, a, b, y, ahead_v, ahead_u)
             elif type_ == Q8_0:
-                _axpy_q8_0(at, n, a, y, ahead)
+                _axpy2_q8_0(v, u, n, a, b, y, ahead_v, ahead_u)
             else:
-                axpy_float(type_, at, n, a, y, ahead)
+                _axpy2_float(type_, v, u, n, a, b, y, ahead_v, ahead_u)
 
     return Kernel(axpys, 7, f"axpys_{GGMLType(type_).name}")
 
