@@ -191,6 +191,8 @@ class RunOptions:
     kv_type: Literal["auto", "f32", "f16"] = "auto"  # auto: f32 for F32 weights, else f16
     sparse_threshold: float | None = None  # overrides the file's
     vram_budget: float | None = None  # GiB; accepted for machines with a GPU
+    mmap: bool = True  # False: read the file into memory of our own
+    mlock: bool = False  # keep the file's pages in memory
     adapt: bool = True  # generate() moves calibrated thresholds with the text (runtime/adapt.py)
     isa: Literal["auto", "avx512vnni", "avx2", "generic"] = "auto"  # instructions of the kernels
     sequences: int = 1  # texts that are read or written at the same time
@@ -216,7 +218,8 @@ class RunOptions:
         check("sparse_threshold", threshold is None or is_number, "a number")
         is_size = isinstance(budget, int | float) and 0 <= budget < float("inf")
         check("vram_budget", budget is None or is_size, "0 GiB or more")
-        check("adapt", isinstance(self.adapt, bool), "True or False")
+        for name in ("adapt", "mmap", "mlock"):
+            check(name, isinstance(getattr(self, name), bool), "True or False")
         isas = ("auto", "avx512vnni", "avx2", "generic")
         check("isa", self.isa in isas, f"one of {', '.join(isas)}")
         check("sequences", whole(self.sequences, 1, MAX_SEQUENCES), "1 to 256")

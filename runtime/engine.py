@@ -62,7 +62,8 @@ class Engine:
     ) -> None:
         started = time.perf_counter()
         self.options = options or RunOptions()
-        model = model if isinstance(model, Model) else load_model(model)
+        if not isinstance(model, Model):
+            model = load_model(model, load=not self.options.mmap, lock=self.options.mlock)
         self.file, self.config, self.weights = model.file, model.config, model.weights
         self.tokenizer = load_tokenizer(self.file)
         if self.tokenizer.n_vocab != self.config.n_vocab:

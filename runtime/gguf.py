@@ -14,6 +14,8 @@ type is validated with Python integers before memory is allocated or a view is m
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import mmap
 import os
 import struct
@@ -21,7 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
@@ -204,10 +206,14 @@ class Metadata:
 class GGUFFile(Metadata):
     """An open GGUF or PWRI file: `metadata` (key -> Value) and `tensors` (name -> Tensor).
 
-    FileFormatError when anything in it is damaged; OSError when it cannot be read.
+    It is mapped into memory, and read as its pages are used; `load`: read whole into memory of our
+    own, in large pages where the system has them. `lock`: never swapped out. FileFormatError when
+    anything in it is damaged; OSError when it cannot be read or locked.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], load: bool = False, lock: bool = False
+    ) -> None:
         super().__init__(regular(path), {})
         with open(self.path, "rb") as file:
             self.size = os.fstat(file.fileno()).st_size
@@ -216,8 +222,10 @@ class GGUFFile(Metadata):
                     f"{self.path} is not a GGUF file: it has only {self.size} bytes"
                 )
             # The map outlives the descriptor; views of it keep it alive.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = _loaded(file, self.size) if load else _mapped(file)
         self._bytes: U8Array = np.frombuffer(self._map, dtype=np.uint8)
+        if lock:
+            _lock(self._bytes, self.path)
         self._pos = 0
         self._parse()
 
@@ -393,3 +401,35 @@ class GGUFFile(Metadata):
             )
         data = self._bytes[start : start + nbytes].reshape(n_rows, n_row_bytes)
         return Tensor(name, type_, shape, data), offset + nbytes
+
+
+def _mapped(file: BinaryIO) -> mmap.mmap:
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _loaded(file: BinaryIO, size: int) -> mmap.mmap:
+    """Return memory of our own with the file's bytes."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    with memoryview(memory) as view:
+        done = 0
+        while done < size:
+            n = file.readinto(view[done : done + (1 << 26)])  # type: ignore[attr-defined]
+            if not n:
+                raise OSError(f"{file.name} became shorter while it was read")
+            done += n
+    return memory
+
+
+def _lock(data: U8Array, path: Path) -> None:
+    """Keep bytes in memory; OSError, with what to do, if the system does not allow it."""
+    if os.name == "nt":
+        raise OSError(f"{path}: locking memory is not supported on Windows")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlock(ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(data.size)) != 0:
+        raise OSError(
+            f"{path}: the system does not allow to lock {data.size / 2**20:.0f} MiB of memory "
+            "(see ulimit -l)"
+        )

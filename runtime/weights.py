@@ -78,9 +78,9 @@ class Model:
     weights: Weights
 
 
-def load_model(path: str | os.PathLike[str]) -> Model:
-    """Open a model file; the errors of GGUFFile, model_config and load_weights."""
-    file = GGUFFile(path)
+def load_model(path: str | os.PathLike[str], load: bool = False, lock: bool = False) -> Model:
+    """Open a model file as GGUFFile does; its errors, model_config's and load_weights'."""
+    file = GGUFFile(path, load, lock)
     config = model_config(file)
     return Model(file, config, load_weights(file, config))
 

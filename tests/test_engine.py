@@ -2,6 +2,7 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -319,3 +320,19 @@ def test_step_takes_several_sequences():
 def test_engine_is_what_open_returns(demo_gguf):
     with powerinfer.open(str(demo_gguf("q4_0"))) as llm:
         assert isinstance(llm, Engine)
+
+
+def test_memory_of_our_own_and_locked(tiny_gguf, monkeypatch):
+    path = tiny_gguf("mha", "q8_0")
+    ids = tiny.token_ids()
+    with powerinfer.open(path) as mapped:
+        wanted = mapped.logits(ids)
+    for options in ({"mmap": False}, {"mlock": True}, {"mmap": False, "mlock": True}):
+        with powerinfer.open(path, **options) as llm:
+            assert np.array_equal(llm.logits(ids), wanted)
+
+
+def test_memory_that_may_not_be_locked(tiny_gguf, monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: SimpleNamespace(mlock=lambda *_: -1))
+    with pytest.raises(OSError, match=r"does not allow to lock .* MiB"):
+        powerinfer.open(tiny_gguf("mha", "q8_0"), mlock=True, backend="numpy")

@@ -30,6 +30,12 @@ def beside(source: Path, word: str) -> Path:
     return source.with_name(f"{source.name.removesuffix('.gguf')}.{word}.gguf")
 
 
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Add --no-mmap and --mlock, as llama.cpp has them."""
+    parser.add_argument("--no-mmap", action="store_true", help="read the whole file into memory")
+    parser.add_argument("--mlock", action="store_true", help="keep the model in memory")
+
+
 def add_isa(parser: argparse.ArgumentParser) -> None:
     """Add --isa, for trying what other machines would run."""
     parser.add_argument(

@@ -18,7 +18,7 @@ from ..runtime.config import Mode, RunOptions
 from ..runtime.errors import RequestError
 from ..runtime.weights import load_model
 from ..tools.bench import RATE, Bench, Test, as_json, as_table, other_rate, parts_table
-from .arguments import add_isa, at_least, numbers, say
+from .arguments import add_isa, add_memory, at_least, numbers, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--exact", action="store_true", help="no predictor: lossless sparsity")
     mode.add_argument("--dense", action="store_true", help="compute everything")
+    add_memory(parser)
     add_isa(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for programs")
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         options = RunOptions(mode=mode, isa=args.isa)
     except RequestError as error:
         parser.error(str(error))
-    model, others = load_model(args.model), []
+    model = load_model(args.model, load=args.no_mmap, lock=args.mlock)
+    others: list[float] = []
     with Bench(model, options, tests, notify=say) as bench:
         with tqdm(total=args.rounds, unit=" rounds", desc="measuring") as bar:
             for _ in range(args.rounds):

@@ -14,7 +14,7 @@ from ..runtime.engine import Engine
 from ..runtime.errors import RequestError, shown
 from ..runtime.paths import regular
 from ..runtime.sampling import SamplingOptions
-from .arguments import add_isa, at_least, say
+from .arguments import add_isa, add_memory, at_least, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-t", "--threads", type=at_least(1), help="threads (default: physical cores)")
     add("--backend", choices=["auto", "numpy", "cpu"], default="auto", help="numpy: the reference")
     add("--kv-type", choices=["auto", "f32", "f16"], default="auto", help="type of the KV cache")
+    add_memory(parser)
     add_isa(parser)
     add("--no-echo", action="store_true", help="do not print the prompt")
 
@@ -169,6 +170,8 @@ def _options(args: argparse.Namespace) -> RunOptions:
         vram_budget=args.vram_budget,
         adapt=not args.no_adapt,
         isa=args.isa,
+        mmap=not args.no_mmap,
+        mlock=args.mlock,
     )
 
 
