@@ -19,20 +19,21 @@ from .formats import F32Array
 from .step import FIRED
 from .weights import Weights
 
-SHARE = 0.01  # of the bytes read that audits may cost, in the long run
-CREDIT = 100  # tokens whose audits are held at once when a text begins, one a token
+SHARE = 0.008  # of the time that audits may cost, in the long run
+OVERHEAD = 1 << 20  # bytes that could be read while an audit is prepared and judged (0.1 ms)
+START, SPAN = 4, 150  # audits of each layer in the first tokens of a text, over so many of them
 WINDOW = 16  # audits of a layer that its threshold is set by
 SCATTER = 3.0  # variance of the misses among a token's neurons, against independent ones
 SURE_TO_LOWER, SURE_TO_RAISE = 0.5, 2.0  # standard errors before a threshold moves
-MAX_STEP = 0.5  # of the standard deviation of all scores: how far an audit moves a threshold
+MAX_STEP = 0.1  # of the range of the scores of those that fire: how far a threshold moves at once
 _USUAL_SHARE = 0.15  # of neurons predicted, to estimate what a token reads
 
 
 def audit_interval(weights: Weights) -> int:
-    """Return every how many tokens an audit costs SHARE of what the tokens read."""
+    """Return every how many tokens an audit costs SHARE of what the tokens cost, in bytes."""
     layer = weights.layers[0]
     # The decider in full; up where it decides, too (drelu), is read for few neurons.
-    cost = layer.decider.nbytes
+    cost = layer.decider.nbytes + OVERHEAD
     sparse = [layer.decider, layer.up, layer.down_t]
     dense = [layer.wq, layer.wk, layer.wv, layer.wo, layer.fc1, layer.fc2]
     read = sum(t.nbytes for t in dense if t is not None)
@@ -53,16 +54,17 @@ class Adapter:
         self._miss = 1 - config.target_recall
         self._interval, self._n_layer = audit_interval(weights), config.n_layer
         self._scores: list[deque[F32Array]] = [deque(maxlen=WINDOW) for _ in range(self._n_layer)]
-        self._spread = np.zeros(self._n_layer, np.float32)
         self._heard: set[int] = set()  # layers audited since the last settle()
         self._due: list[tuple[int, int]] = []  # (token of the pass, layer) to audit
+        self._next = 0  # no token before this one is audited
 
     def _audits_before(self, number: int) -> int:
         """Return how many audits belong to the first `number` tokens of the sequence.
 
         The very first token is like no other (attention sink, huge activations): none there.
         """
-        return min(max(number - 1, 0), (number + CREDIT) // self._interval)
+        first = START * self._n_layer * min(number, SPAN) // SPAN
+        return min(max(number - 1, 0), first + number // self._interval)
 
     def layer_for(self, number: int) -> int | None:
         """Return the layer in which token `number` of the sequence is audited; None: nowhere."""
@@ -74,8 +76,14 @@ class Adapter:
 
         `first`: the number in the sequence of the first of them.
         """
+        self._due = []
+        if first + n_tok <= self._next:  # the usual case, when tokens come one by one
+            return False
         layers = [self.layer_for(first + t) for t in range(n_tok)]
         self._due = [(t, il) for t, il in enumerate(layers) if il is not None]
+        self._next = first + n_tok
+        while self.layer_for(self._next) is None:
+            self._next += 1
         return bool(self._due)
 
     def before_ffn(self, ops: Backend, il: int) -> None:
@@ -85,7 +93,6 @@ class Adapter:
                 step.audit[0] = t
                 ops.audit(il)
                 self._scores[il].append(b.scores[t, b.truth == FIRED])
-                self._spread[il] = b.scores[t].std()
                 self._heard.add(il)
 
     def after_ffn(self, ops: Backend, il: int) -> None:
@@ -96,6 +103,8 @@ class Adapter:
 
         Only where the recall seen is off the target by more than chance explains.
         """
+        if not self._heard:
+            return
         for il in sorted(self._heard):
             scores = np.concatenate(self._scores[il])
             n = len(scores)
@@ -110,6 +119,6 @@ class Adapter:
             aim = self._miss if missed > self._miss else max(self._miss - chance, 0)
             index = int(aim * n)
             step = np.partition(scores, index)[index] - self.thresholds[il]
-            limit = MAX_STEP * self._spread[il]
-            self.thresholds[il] += np.clip(step, -limit, limit)
+            limit = MAX_STEP * float(scores.max() - scores.min())
+            self.thresholds[il] += min(max(float(step), -limit), limit)
         self._heard.clear()

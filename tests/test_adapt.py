@@ -57,10 +57,11 @@ def test_audits_cost_what_they_may():
         interval = adapt.audit_interval(llm.weights)
         n = 5000
         audited = [il for il in map(adapter.layer_for, range(n)) if il is not None]
-        assert len(audited) == min(n, (n + adapt.CREDIT) // interval)
+        # Where both say the same token, it is audited once.
+        assert 0 <= adapt.START * 4 + n // interval - len(audited) <= adapt.SPAN // interval + 1
         counts = np.bincount(audited, minlength=4)
         assert counts.max() - counts.min() <= 1  # the layers take turns
-        cost = llm.weights.layers[0].decider.nbytes / interval
+        cost = (llm.weights.layers[0].decider.nbytes + adapt.OVERHEAD) / interval
         ids = llm.tokenize((DEMO / "heldout.txt").read_text("utf-8"))[:200]
         from powerinfer.runtime.traffic import traffic
 
@@ -107,7 +108,7 @@ def test_thresholds_go_where_the_wanted_share_passes():
     for start in (3.0, -6.0):
         found = np.array(audited(scores, start))
         steps = np.abs(np.diff(found, prepend=start))
-        assert steps.max() <= adapt.MAX_STEP * scores.std() * 1.0001  # bounded
+        assert steps.max() <= adapt.MAX_STEP * np.ptp(scores) * 1.0001  # bounded
         assert 0.89 < (scores >= found[-1]).mean() < 0.935
 
 
@@ -125,7 +126,7 @@ def test_the_first_token_and_cuts_of_the_prompt():
         whole = [adapter.layer_for(i) for i in range(60)]
         assert {0, 1, 2, 3} <= set(whole)
         for cut in (1, 7, 60):
-            due = []
+            due, adapter = [], llm.adapter()
             for first in range(0, 60, cut):
                 n = min(cut, 60 - first)
                 adapter.prepare(first, n)
