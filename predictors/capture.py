@@ -18,6 +18,7 @@ from ..runtime.backend import Backend
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
 from ..runtime.formats import F32Array, decode
+from ..runtime.model import Watcher
 from ..runtime.step import FIRED
 from ..runtime.weights import Layer
 
@@ -69,16 +70,13 @@ class LayerCapture:
         return part(slice(cut)), part(slice(cut, None))
 
 
-class _Writer:
+class _Writer(Watcher):
     """The watcher that fills the maps, and appends the effects to a file."""
 
     def __init__(self, layers: Sequence[Layer], maps: list[Any], files: list[Any]) -> None:
         self._maps, self._files = maps, files
         self._sizes = [_down_norms(layer) for layer in layers]
         self._at, self._end = [0] * len(maps), [0] * len(maps)
-
-    def before_ffn(self, ops: Backend, il: int) -> None:
-        pass
 
     def after_ffn(self, ops: Backend, il: int) -> None:
         n, b = ops.plan.step.n_tok, ops.plan.buffers
@@ -129,13 +127,10 @@ def capture(
                 ends = _new_map(folder / f"ends_{il}.npy", np.int64, (n_tok,))
                 maps.append((*arrays, ends))
                 files.append(stack.enter_context(open(folder / f"effects_{il}.f16", "wb")))
-            engine.watcher = _Writer(engine.weights.layers, maps, files)
-            try:
+            with engine.watched(_Writer(engine.weights.layers, maps, files)):
                 for ids in texts:
                     engine.read(ids)
                     progress(len(ids))
-            finally:
-                engine.watcher = None
         done.write_text(json.dumps({"fingerprint": made_for}))
     return [_open_layer(folder, il, c.n_ff) for il in range(c.n_layer)]
 

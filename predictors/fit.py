@@ -17,7 +17,7 @@ from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
 from ..runtime.formats import F32Array, GGMLType
 from ..runtime.gguf import Tensor, Value
-from ..runtime.step import FIRED
+from ..runtime.model import Watcher, audit
 from ..runtime.weights import Layer, Model
 from . import refine
 from .capture import CHUNK, LayerCapture
@@ -172,7 +172,7 @@ def _cheapest(layers: Sequence[Sequence[Candidate]], budget: int) -> list[Candid
     return [found[i] for found, i in zip(layers, chosen, strict=True)]
 
 
-class _ScoreWatcher:
+class _ScoreWatcher(Watcher):
     """Keeps the scores of the neurons that fire, on the stream of the model with predictors."""
 
     def __init__(self, n_layer: int) -> None:
@@ -180,17 +180,12 @@ class _ScoreWatcher:
         self._kept = [0] * n_layer
 
     def before_ffn(self, ops: Backend, il: int) -> None:
-        step, b = ops.plan.step, ops.plan.buffers
-        for t in range(step.n_tok):
+        for t in range(ops.plan.step.n_tok):
             if self._kept[il] >= MAX_SCORES:
                 break
-            step.audit[0] = t
-            ops.audit(il)
-            self.scores[il].append(b.scores[t, b.truth == FIRED])
+            fired = audit(ops, il, t)
+            self.scores[il].append(ops.plan.buffers.scores[t, fired])
             self._kept[il] += len(self.scores[il][-1])
-
-    def after_ffn(self, ops: Backend, il: int) -> None:
-        pass
 
 
 def firing_scores(
@@ -203,8 +198,8 @@ def firing_scores(
     """Return, per layer, the scores that the runtime gives to neurons that fire."""
     watcher = _ScoreWatcher(model.config.n_layer)
     amended = with_predictors(model, predictors, type_)
-    with Engine(amended, dataclasses.replace(options, mode="predicted")) as engine:
-        engine.watcher = watcher
+    options = dataclasses.replace(options, mode="predicted")
+    with Engine(amended, options) as engine, engine.watched(watcher):
         for ids in texts:
             engine.read(ids)
     return [np.concatenate(s) if s else np.zeros(0, np.float32) for s in watcher.scores]

@@ -15,7 +15,8 @@ import numpy as np
 from ..runtime.backend import Backend
 from ..runtime.engine import Engine
 from ..runtime.formats import F32Array
-from ..runtime.step import COUNTS, FIRED
+from ..runtime.model import Watcher, audit
+from ..runtime.step import COUNTS
 from ..runtime.traffic import Traffic, traffic
 
 MakeMask = Callable[[Backend, int], None]
@@ -84,7 +85,7 @@ class Quality:
     traffic: Traffic  # of a token
 
 
-class RecallWatcher:
+class RecallWatcher(Watcher):
     """Compares predictions with the truth at every FFN, on the stream that the model really has."""
 
     def __init__(self, n_layer: int, n_ff: int, masks: MakeMask | None = None) -> None:
@@ -93,18 +94,12 @@ class RecallWatcher:
         self._sums = np.zeros((n_layer, 3), np.int64)  # tokens, predicted, fired and predicted
 
     def before_ffn(self, ops: Backend, il: int) -> None:
-        step, b = ops.plan.step, ops.plan.buffers
         if self._masks is not None:
             self._masks(ops, il)
-        for t in range(step.n_tok):
-            step.audit[0] = t
-            ops.audit(il)
-            fired, mask = b.truth == FIRED, b.mask[t] != 0
+        for t in range(ops.plan.step.n_tok):
+            fired, mask = audit(ops, il, t), ops.plan.buffers.mask[t] != 0
             self.firing[il] += fired
             self._sums[il] += 1, mask.sum(), (fired & mask).sum()
-
-    def after_ffn(self, ops: Backend, il: int) -> None:
-        pass
 
     def results(self) -> list[Recall]:
         out = []
@@ -138,8 +133,7 @@ def measure(
     is_predicted = engine.mode == "predicted"
     counts = np.zeros((engine.config.n_layer, len(COUNTS)), np.int64)
     columns: list[list[F64Array]] = [[] for _ in range(4)]
-    engine.watcher = watcher if is_predicted else None
-    try:
+    with engine.watched(watcher if is_predicted else None):
         for ids in texts:
             out = np.empty((len(ids), engine.config.n_vocab), np.float32)
             counts += engine.read(ids, out)
@@ -154,8 +148,6 @@ def measure(
                 columns[2].append(kl_divergence(theirs, ours))
                 columns[3].append((theirs.argmax(-1) == ours.argmax(-1)).astype(np.float64))
             progress(len(ids))
-    finally:
-        engine.watcher = None
     ours_p, base_p, kl, same = (np.concatenate(c) if c else np.zeros(0) for c in columns)
     nll = Estimate.of(-ours_p)
     perplexity = float(np.exp(nll.mean))

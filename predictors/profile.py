@@ -14,6 +14,7 @@ from ..runtime.backend import Backend
 from ..runtime.engine import Engine
 from ..runtime.formats import F32Array
 from ..runtime.gguf import Value
+from ..runtime.model import Watcher
 from ..runtime.step import FIRED
 
 PROFILE = "powerinfer.profile."  # keys: the text that ffn_freq was counted on
@@ -38,15 +39,12 @@ class Firing:
         return cls(source, orders, [(count / most).astype(np.float32) for count in counts])
 
 
-class FiringCounter:
+class FiringCounter(Watcher):
     """A watcher that counts, per layer and neuron, for how many tokens it fires (exact mode)."""
 
     def __init__(self, n_layer: int, n_ff: int) -> None:
         self.tokens = 0
         self.counts: Counts = np.zeros((n_layer, n_ff), np.int64)
-
-    def before_ffn(self, ops: Backend, il: int) -> None:
-        pass
 
     def after_ffn(self, ops: Backend, il: int) -> None:
         n = ops.plan.step.n_tok
@@ -66,13 +64,10 @@ def profile(
     """
     assert engine.mode == "exact"
     counter = FiringCounter(engine.config.n_layer, engine.config.n_ff)
-    engine.watcher = counter
-    try:
+    with engine.watched(counter):
         for ids in texts:
             engine.read(ids)
             progress(len(ids))
-    finally:
-        engine.watcher = None
     firing = Firing.of_counts(source, list(counter.counts), float(counter.tokens))
     firing.keys.update(text_record(PROFILE, texts))
     return firing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +20,8 @@ POSITIVE_WEIGHT = 4.0
 
 
 def has_torch() -> bool:
-    """Return whether torch can be imported."""
-    with contextlib.suppress(ImportError):
-        import torch  # noqa: F401
-
-        return True
-    return False
+    """Return whether torch is installed."""
+    return importlib.util.find_spec("torch") is not None
 
 
 def train(

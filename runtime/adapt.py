@@ -16,7 +16,8 @@ import numpy as np
 from .backend import Backend
 from .config import ModelConfig
 from .formats import F32Array
-from .step import FIRED
+from .model import Watcher, audit
+from .traffic import traffic
 from .weights import Weights
 
 SHARE = 0.008  # of the time that audits may cost, in the long run
@@ -34,16 +35,13 @@ def audit_interval(weights: Weights) -> int:
     layer = weights.layers[0]
     # The decider in full; up where it decides, too (drelu), is read for few neurons.
     cost = layer.decider.nbytes + OVERHEAD
-    sparse = [layer.decider, layer.up, layer.down_t]
-    dense = [layer.wq, layer.wk, layer.wv, layer.wo, layer.fc1, layer.fc2]
-    read = sum(t.nbytes for t in dense if t is not None)
-    read += int(_USUAL_SHARE * sum(t.nbytes for t in sparse if t is not None))
-    token = read * len(weights.layers) + weights.output.nbytes
-    return max(1, math.ceil(cost / (SHARE * token)))
+    rows = _USUAL_SHARE * layer.decider.rows
+    token = traffic(weights, "predicted", np.array([[1, rows, rows, rows]] * len(weights.layers)))
+    return max(1, math.ceil(cost / (SHARE * token.total)))
 
 
-class Adapter:
-    """The predictor thresholds of one sequence; a Watcher that audits it.
+class Adapter(Watcher):
+    """The predictor thresholds of one sequence, and the watcher that audits it.
 
     `thresholds` float32 [n_layer] changes only in settle(), between forward passes.
     """
@@ -87,16 +85,11 @@ class Adapter:
         return bool(self._due)
 
     def before_ffn(self, ops: Backend, il: int) -> None:
-        step, b = ops.plan.step, ops.plan.buffers
         for t, layer in self._due:
             if layer == il:
-                step.audit[0] = t
-                ops.audit(il)
-                self._scores[il].append(b.scores[t, b.truth == FIRED])
+                fired = audit(ops, il, t)
+                self._scores[il].append(ops.plan.buffers.scores[t, fired])
                 self._heard.add(il)
-
-    def after_ffn(self, ops: Backend, il: int) -> None:
-        pass
 
     def settle(self) -> None:
         """Move the thresholds of the layers audited since the last call.

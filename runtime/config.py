@@ -9,6 +9,7 @@ from .errors import ModelError, RequestError, shown
 from .gguf import GGUFFile, ValueType
 
 Mode = Literal["exact", "predicted", "dense"]
+Isa = Literal["auto", "avx512vnni", "avx2", "generic"]
 
 # FFN activations. Of the first a neuron is exactly silent for most tokens:
 #   relu; fatrelu(x) = x if x >= t else 0; drelu = relu(gate) * relu(up); relu2 = relu(x)^2
@@ -194,7 +195,7 @@ class RunOptions:
     mmap: bool = True  # False: read the file into memory of our own
     mlock: bool = False  # keep the file's pages in memory
     adapt: bool = True  # generate() moves calibrated thresholds with the text (runtime/adapt.py)
-    isa: Literal["auto", "avx512vnni", "avx2", "generic"] = "auto"  # instructions of the kernels
+    isa: Isa = "auto"  # instructions of the kernels
     sequences: int = 1  # texts that are read or written at the same time
     chunk: int = 512  # most tokens in one forward pass
 
@@ -220,7 +221,7 @@ class RunOptions:
         check("vram_budget", budget is None or is_size, "0 GiB or more")
         for name in ("adapt", "mmap", "mlock"):
             check(name, isinstance(getattr(self, name), bool), "True or False")
-        isas = ("auto", "avx512vnni", "avx2", "generic")
+        isas = get_args(Isa)
         check("isa", self.isa in isas, f"one of {', '.join(isas)}")
         check("sequences", whole(self.sequences, 1, MAX_SEQUENCES), "1 to 256")
         check("chunk", whole(self.chunk, 1, MAX_CONTEXT), "at least 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import threading
@@ -217,6 +218,15 @@ class Engine:
         out = np.empty((len(ids), self.config.n_vocab), np.float32)
         self.read(ids, out)
         return out
+
+    @contextlib.contextmanager
+    def watched(self, watcher: Watcher | None) -> Iterator[None]:
+        """Let a watcher see every FFN while the block runs."""
+        self.watcher = watcher
+        try:
+            yield
+        finally:
+            self.watcher = None
 
     def read(
         self,

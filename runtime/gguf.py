@@ -229,6 +229,11 @@ class GGUFFile(Metadata):
         self._pos = 0
         self._parse()
 
+    @property
+    def tensor_bytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     # -- parsing ------------------------------------------------------------------------------
 
     def _need(self, n: int, what: str) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+
+import numpy as np
 
 from .backend import Backend, Plan
+from .step import FIRED
 
 
-class Watcher(Protocol):
+class Watcher:
     """Looks at ops.plan.buffers around every FFN: profiling, measuring, adapting."""
 
     def before_ffn(self, ops: Backend, il: int) -> None:
@@ -16,6 +18,13 @@ class Watcher(Protocol):
 
     def after_ffn(self, ops: Backend, il: int) -> None:
         """fired is there, x has been added to."""
+
+
+def audit(ops: Backend, il: int, token: int) -> np.ndarray:
+    """Return which of all neurons of a layer fire for a token of the step: bool [n_ff]."""
+    ops.plan.step.audit[0] = token
+    ops.audit(il)
+    return ops.plan.buffers.truth == FIRED
 
 
 def forward(plan: Plan, ops: Backend, watchers: Sequence[Watcher] = ()) -> None:

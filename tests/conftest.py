@@ -206,3 +206,11 @@ def samples() -> Path:
     if not folder.exists():
         pytest.skip("needs the original's sample files in ../shared/samples/pwri")
     return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of 4000 characters."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((DEMO / "heldout.txt").read_text("utf-8")[:4000], encoding="utf-8")
+    return path

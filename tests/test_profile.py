@@ -351,7 +351,7 @@ def test_outputs_are_checked_at_the_start(tiny_gguf, text, tmp_path, monkeypatch
     model, notes, counts = tiny_gguf("mha", "f16"), tmp_path / "notes.txt", tmp_path / "a"
     notes.write_text("do not lose me")
     random_counts(counts, 2, N_FF)
-    for name in ("profile", "read_activations", "rewrite"):
+    for name in ("profile", "read_activations", "rewrite_shown"):
         monkeypatch.setattr(command, name, fail)
     before = model.read_bytes()
     for source, target, message in (

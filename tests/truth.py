@@ -1,7 +1,11 @@
-"""Who fires, found another way: in float64, from decoded weights and what a watcher has kept."""
+"""Who fires, found another way: in float64, from decoded weights and what a watcher has kept.
+
+And what the tests of predictors have in common.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +13,13 @@ from typing import Any
 
 import numpy as np
 import tiny
+from powerinfer.predictors.capture import capture
+from powerinfer.predictors.predictor import Predictor
 from powerinfer.runtime.backend import Backend
+from powerinfer.runtime.config import RunOptions
 from powerinfer.runtime.engine import Engine
 from powerinfer.runtime.weights import Model
+from test_cli import run
 
 HELDOUT = Path(__file__).parent.parent / "tools" / "demo" / "heldout.txt"
 
@@ -87,3 +95,24 @@ def random_texts(n: int, length: int, seed: int = 0) -> list[list[int]]:
     """Return texts of random tokens for the tiny models."""
     rng = np.random.default_rng(seed)
     return [[1, *rng.integers(3, tiny.N_VOCAB, length - 1).tolist()] for _ in range(n)]
+
+
+EXACT = RunOptions(mode="exact", threads=2)
+TEXTS = random_texts(4, 61)
+
+
+def captured(path, folder, texts=TEXTS, chunk=16):
+    with Engine(path, dataclasses.replace(EXACT, chunk=chunk)) as engine:
+        return capture(engine, texts, folder)
+
+
+def random_predictor(seed, n_embd, n_ff, rank=32):
+    rng = np.random.default_rng(seed)
+    fc1, fc2 = rng.standard_normal((rank, n_embd)), rng.standard_normal((n_ff, rank))
+    bias = rng.standard_normal(n_ff)
+    return Predictor(*(x.astype(np.float32) for x in (fc1, fc2, bias)), threshold=0.5 - seed)
+
+
+def train(capfd, source, text, target, *args):
+    common = ("-f", text, "-o", target, "--method", "factors", "-t", 2, "--max-size", "20%")
+    return run(capfd, "train-predictors", source, *common, *args)

@@ -80,6 +80,9 @@ class Bench:
         self._rates: dict[Test, list[float]] = {test: [] for test in tests}
         self._counts: dict[Test, np.ndarray] = {}
         self._bandwidth: dict[int, list[float]] = {}
+        from ..runtime.cpu.bandwidth import Reader  # numba takes half a second to import
+
+        self._reader = Reader()
         batch = max(test.batch for test in tests)
         longest = max(test.n_prompt + test.n_decode for test in tests) + WARM_UP
         for threads in sorted({test.threads for test in tests}):
@@ -100,12 +103,8 @@ class Bench:
 
     def round(self, progress: Callable[[str], Any] = lambda _: None) -> None:
         """Run every test once, and read memory beside it."""
-        from ..runtime.cpu.bandwidth import Reader
-
-        for threads in self._engines:
-            reader = Reader(threads)
-            self._bandwidth[threads].append(reader.measure())
-            reader.close()
+        for threads, rates in self._bandwidth.items():
+            rates.append(self._reader.measure(threads))
         for test in self._tests:
             progress(f"{test.name}, {test.threads} threads")
             seconds, counts = self._run(test)

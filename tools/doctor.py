@@ -111,11 +111,8 @@ def _cache(folder: Path) -> Finding:
 def _bandwidth(cores: int) -> Finding:
     from ..runtime.cpu.bandwidth import Reader
 
-    rates = {}
-    for threads in sorted({1, cores}):
-        reader = Reader(threads)
-        rates[threads] = reader.measure() / 1e9
-        reader.close()
+    reader = Reader()
+    rates = {threads: reader.measure(threads) / 1e9 for threads in sorted({1, cores})}
     shown = ", ".join(f"{rate:.1f} GB/s with {n} threads" for n, rate in rates.items())
     problem = ""
     if cores > 1 and rates[cores] < 1.1 * rates[1]:

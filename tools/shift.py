@@ -18,30 +18,24 @@ from ..predictors.text import read_text
 from ..runtime.backend import Backend
 from ..runtime.engine import Engine
 from ..runtime.errors import RequestError
-from ..runtime.step import FIRED
+from ..runtime.model import Watcher, audit
 from .plots import pyplot, save
 
 F64Array = np.ndarray[tuple[int], np.dtype[np.float64]]
 Shares = np.ndarray[tuple[int, int, int], np.dtype[np.int64]]
 
 
-class _Trace:
-    """A watcher that keeps (hits, firing, predicted neurons) of every token and layer."""
+class _Trace(Watcher):
+    """Keeps (hits, firing, predicted neurons) of every token and layer."""
 
     def __init__(self) -> None:
         self.rows: dict[int, list[list[int]]] = {}  # layer -> one row a token
 
     def before_ffn(self, ops: Backend, il: int) -> None:
-        step, b = ops.plan.step, ops.plan.buffers
-        for t in range(step.n_tok):
-            step.audit[0] = t
-            ops.audit(il)
-            fired, mask = b.truth == FIRED, b.mask[t] != 0
+        for t in range(ops.plan.step.n_tok):
+            fired, mask = audit(ops, il, t), ops.plan.buffers.mask[t] != 0
             row = [int((fired & mask).sum()), int(fired.sum()), int(mask.sum())]
             self.rows.setdefault(il, []).append(row)
-
-    def after_ffn(self, ops: Backend, il: int) -> None:
-        pass
 
 
 def trace(engine: Engine, ids: Sequence[int], adapt: bool) -> Shares:
@@ -52,11 +46,9 @@ def trace(engine: Engine, ids: Sequence[int], adapt: bool) -> Shares:
     adapter = engine.adapter() if adapt else None
     if adapt and adapter is None:
         raise RequestError(f"{engine.file.path} has no calibrated predictors to adapt")
-    engine.watcher = watcher = _Trace()
-    try:
+    watcher = _Trace()
+    with engine.watched(watcher):
         engine.read(ids, adapter=adapter)
-    finally:
-        engine.watcher = None
     return np.array(list(watcher.rows.values()))
 
 

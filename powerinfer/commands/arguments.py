@@ -6,6 +6,9 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
+
+from ..runtime.config import Isa, Mode
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -30,6 +33,18 @@ def beside(source: Path, word: str) -> Path:
     return source.with_name(f"{source.name.removesuffix('.gguf')}.{word}.gguf")
 
 
+def add_mode(parser: argparse.ArgumentParser) -> None:
+    """Add --exact and --dense."""
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--exact", action="store_true", help="no predictor: lossless sparsity")
+    mode.add_argument("--dense", action="store_true", help="compute everything")
+
+
+def mode_of(args: argparse.Namespace) -> Mode | None:
+    """Return the mode asked for; None: what the model allows."""
+    return "exact" if args.exact else "dense" if args.dense else None
+
+
 def add_memory(parser: argparse.ArgumentParser) -> None:
     """Add --no-mmap and --mlock, as llama.cpp has them."""
     parser.add_argument("--no-mmap", action="store_true", help="read the whole file into memory")
@@ -40,7 +55,7 @@ def add_isa(parser: argparse.ArgumentParser) -> None:
     """Add --isa, for trying what other machines would run."""
     parser.add_argument(
         "--isa",
-        choices=["auto", "avx512vnni", "avx2", "generic"],
+        choices=get_args(Isa),
         default="auto",
         help="instructions of the CPU kernels (default: the best that this CPU has)",
     )

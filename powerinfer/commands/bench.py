@@ -14,11 +14,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..runtime.config import Mode, RunOptions
+from ..runtime.config import RunOptions
 from ..runtime.errors import RequestError
 from ..runtime.weights import load_model
 from ..tools.bench import RATE, Bench, Test, as_json, as_table, other_rate, parts_table
-from .arguments import add_isa, add_memory, at_least, numbers, say
+from .arguments import add_isa, add_memory, add_mode, at_least, mode_of, numbers, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-r", "--rounds", type=at_least(1), default=5, help="default: 5")
     add("--vs", metavar="COMMAND", help="another program to take turns with; it prints its rate")
     add("--vs-pattern", default=RATE, metavar="REGEX", help="finds the rate in its output")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--exact", action="store_true", help="no predictor: lossless sparsity")
-    mode.add_argument("--dense", action="store_true", help="compute everything")
+    add_mode(parser)
     add_memory(parser)
     add_isa(parser)
     form = parser.add_mutually_exclusive_group()
@@ -44,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from ..runtime.cpu.pool import physical_cores
 
-    mode: Mode | None = "exact" if args.exact else "dense" if args.dense else None
     threads = [t for t in args.threads or [physical_cores()] if t]
     tests = [Test(t, n_prompt=p) for t in threads for p in args.prompt if p]
     tests += [
@@ -57,7 +54,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not tests:
         parser.error("nothing to measure: -p, -n, -t and -b leave no test")
     try:
-        options = RunOptions(mode=mode, isa=args.isa)
+        options = RunOptions(mode=mode_of(args), isa=args.isa)
     except RequestError as error:
         parser.error(str(error))
     model = load_model(args.model, load=args.no_mmap, lock=args.mlock)
@@ -74,8 +71,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(json.dumps(as_json(results, others), indent=2))
         return 0
     if not args.md:
-        size = sum(tensor.nbytes for tensor in model.file.tensors.values())
-        print(f"{model.config.name}: {size / 2**20:.0f} MiB")
+        print(f"{model.config.name}: {model.file.tensor_bytes / 2**20:.0f} MiB")
     print(as_table(results))
     decode = next((r.traffic for r in results if r.traffic is not None), None)
     if decode is not None and not args.md:

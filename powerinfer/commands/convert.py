@@ -7,7 +7,6 @@ ours, with its hot neurons first where activation/ or a .generated.gpuidx lies b
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,7 +16,7 @@ from ..convert.pwri import PwriPolicy
 from ..quantize.policy import TARGETS, Policy, parse_type
 from ..runtime.config import DENSE_ACTIVATIONS, SPARSE_ACTIVATIONS, model_config
 from ..runtime.gguf import GGUFFile
-from .arguments import beside
+from .arguments import beside, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         args.model_dir, args.predictor_dir, policy, args.dense, args.activation, args.pwri
     )
     for warning in conversion.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}")
     name = args.model_dir.resolve().name
     kind = "" if args.dense else ".powerinfer"
     target = args.outfile or args.model_dir / f"{name}.{args.outtype}{kind}.gguf"
@@ -79,25 +78,22 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         total=conversion.n_weights, unit=" weights", unit_scale=True, desc="converting"
     ) as bar:
         write_conversion(conversion, target, bar.update)
-    print(f"wrote {target} ({target.stat().st_size / 2**20:.1f} MiB)", file=sys.stderr)
+    say(f"wrote {target} ({target.stat().st_size / 2**20:.1f} MiB)")
     return 0
 
 
 def _upgrade(source: Path, target: Path | None) -> int:
     """Rewrite a model file as one of ours, hot-first if somebody counted who fires."""
     from ..predictors.legacy import find_firing
-    from ..predictors.order import Changes, rewrite
+    from ..predictors.order import Changes
+    from .rewriting import rewrite_shown
 
-    file = GGUFFile(source)
-    config = model_config(file)
+    config = model_config(GGUFFile(source))
     firing = find_firing(source, config.n_layer, config.n_ff)
     target = target or beside(source, "upgraded")
     if firing is None:
-        print("no activation/ and no .generated.gpuidx beside it: the order stays", file=sys.stderr)
+        say("no activation/ and no .generated.gpuidx beside it: the order stays")
     else:
-        print(f"firing order from {firing.source}", file=sys.stderr)
-    total = sum(tensor.nbytes for tensor in file.tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="rewriting") as bar:
-        rewrite(source, target, Changes(firing), bar.update)
-    print(f"wrote {target} ({target.stat().st_size / 2**20:.1f} MiB)", file=sys.stderr)
+        say(f"firing order from {firing.source}")
+    rewrite_shown(source, target, Changes(firing))
     return 0

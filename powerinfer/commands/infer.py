@@ -14,7 +14,7 @@ from ..runtime.engine import Engine
 from ..runtime.errors import RequestError, shown
 from ..runtime.paths import regular
 from ..runtime.sampling import SamplingOptions
-from .arguments import add_isa, add_memory, at_least, say
+from .arguments import add_isa, add_memory, add_mode, at_least, mode_of, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_isa(parser)
     add("--no-echo", action="store_true", help="do not print the prompt")
 
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--exact", action="store_true", help="no predictor: lossless sparsity")
-    mode.add_argument("--dense", action="store_true", help="compute everything")
+    add_mode(parser)
     add("--sparse-threshold", type=float, help="predictor scores at or above it count as firing")
     add("--no-adapt", action="store_true", help="keep the predictors' thresholds of the file")
     add("--vram-budget", type=float, metavar="GiB", help="GPU memory to use")
@@ -163,7 +161,7 @@ def _options(args: argparse.Namespace) -> RunOptions:
     return RunOptions(
         threads=args.threads,
         context=args.ctx_size,
-        mode="exact" if args.exact else "dense" if args.dense else None,
+        mode=mode_of(args),
         backend=args.backend,
         kv_type=args.kv_type,
         sparse_threshold=args.sparse_threshold,

@@ -21,7 +21,7 @@ from ..runtime.config import Mode, RunOptions
 from ..runtime.engine import Engine, is_sparse
 from ..runtime.errors import RequestError
 from ..runtime.weights import load_model
-from .arguments import at_least, say
+from .arguments import add_mode, at_least, mode_of, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,16 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kl-base", type=Path, metavar="REF.gguf", help="compare with this model, run exactly")
     add("--json", action="store_true", help="for programs")
     add("--sparse-threshold", type=float, help="in place of the file's thresholds")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--exact", action="store_true", help="no predictor: lossless sparsity")
-    mode.add_argument("--dense", action="store_true", help="compute everything")
+    add_mode(parser)
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    mode: Mode | None = "exact" if args.exact else "dense" if args.dense else None
     try:
         options = RunOptions(
-            mode=mode,
+            mode=mode_of(args),
             threads=args.threads,
             context=args.ctx_size,
             backend=args.backend,

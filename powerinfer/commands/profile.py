@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..predictors.legacy import export_activations, read_activations
-from ..predictors.order import Changes, in_order_of, rewrite
+from ..predictors.order import Changes, in_order_of
 from ..predictors.profile import Firing, carrying_share, profile
 from ..predictors.text import read_text, windows
 from ..runtime.config import RunOptions
@@ -20,6 +20,7 @@ from ..runtime.gguf import GGUFFile
 from ..runtime.gguf_writer import check_target, not_onto
 from ..runtime.weights import load_model
 from .arguments import at_least, beside, say
+from .rewriting import rewrite_shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,12 +54,9 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if args.export:
             export_activations(args.export, firing, GGUFFile(args.model))
             say(f"wrote {args.export}/activation_0.pt ...")
-    total = sum(tensor.nbytes for tensor in GGUFFile(args.model).tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="rewriting") as bar:
-        rewrite(args.model, target, changes, bar.update)
     if firing is not None and firing.frequencies is not None:
         say(_summary(firing))
-    say(f"wrote {target}")
+    rewrite_shown(args.model, target, changes)
     return 0
 
 

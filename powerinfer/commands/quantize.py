@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from ..quantize.encoder import quantize_file
 from ..quantize.policy import TARGETS, Policy, parse_type
 from ..runtime.gguf import GGUFFile
+from .arguments import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,5 +67,5 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="quantising") as bar:
         quantize_file(args.input, target, policy, threads, args.allow_requantize, bar.update)
     before, after = args.input.stat().st_size, target.stat().st_size
-    print(f"wrote {target} ({before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB)", file=sys.stderr)
+    say(f"wrote {target} ({before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB)")
     return 0

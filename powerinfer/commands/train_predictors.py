@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -35,7 +34,7 @@ from ..predictors.fit import (
 )
 from ..predictors.frontier import RECALLS, frontier
 from ..predictors.legacy import export_predictors
-from ..predictors.order import Changes, rewrite
+from ..predictors.order import Changes
 from ..predictors.predictor import Predictor
 from ..predictors.profile import text_record
 from ..predictors.text import read_text, windows
@@ -46,6 +45,7 @@ from ..runtime.errors import RequestError
 from ..runtime.gguf_writer import check_target, not_onto, replacing
 from ..runtime.weights import Model, load_model
 from .arguments import at_least, beside, say, share
+from .rewriting import rewrite_shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,20 +151,17 @@ def _make(args: argparse.Namespace, method: Method, target: Path) -> None:
                 save_candidates(path, found, made_for)
             layers.append(found)
             bar.update(1)
-    budget = int(goals.max_size * sum(t.nbytes for t in model.file.tensors.values()))
+    budget = int(goals.max_size * model.file.tensor_bytes)
     chosen = choose(layers, goals, budget)
     say("calibrating thresholds, measuring")
     fitted = calibrate(model, [c.predictor for c in chosen], type_, goals, options, check)
     if args.report or args.plot:
         _report(args, model, fitted, method, data, options, check)
-    total = sum(tensor.nbytes for tensor in model.file.tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="writing") as bar:
-        keys = {**fitted.keys(), **text_record("powerinfer.calibration.", texts)}
-        rewrite(args.model, target, Changes(predictors=fitted.tensors(), keys=keys), bar.update)
+    say(_summary(fitted, chosen, model, goals))
+    keys = {**fitted.keys(), **text_record("powerinfer.calibration.", texts)}
+    rewrite_shown(args.model, target, Changes(predictors=fitted.tensors(), keys=keys))
     del data, captured  # open maps cannot be removed everywhere
     shutil.rmtree(work, ignore_errors=True)
-    print(_summary(fitted, chosen, model, goals), file=sys.stderr)
-    say(f"wrote {target}")
 
 
 def _report(
@@ -213,7 +210,7 @@ def _summary(fitted: Fitted, chosen: list[Candidate], model: Model, goals: Goals
             f"{il:5} {p.rank:5}  {r.recall:6.2%}  {r.predicted_share:9.2%}  {r.firing_share:6.2%}"
         )
     size = sum(c.nbytes for c in chosen)
-    total = sum(t.nbytes for t in model.file.tensors.values())
+    total = model.file.tensor_bytes
     lines.append(
         f"predictors {size / 2**20:.2f} MiB ({size / total:.1%} of the model), "
         f"KL {q.divergence.kl.mean:.2e}, perplexity x{math.exp(q.divergence.log_ratio.mean):.4f}, "

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from .block import address, layout
+from .block import address, build, layout
 from .jit import arg, job
 from .pool import Pool, finish, take, wait
 from .simd import load_i32x16, or_i32, prefetch, store_i32x16
@@ -38,24 +38,19 @@ def read_all(args, control, epoch, thread):
 
 
 class Reader:
-    """Memory to read, and threads to read it with."""
+    """SIZE bytes of memory to read."""
 
-    def __init__(self, n_threads: int) -> None:
-        self._pool = Pool(n_threads)
+    def __init__(self) -> None:
         self._data = np.ones(SIZE, np.uint8)  # zeros might all be one page
         self._out = np.zeros(SIZE // _PIECE * 64, np.uint8)
-        self._block = np.array(
-            [address(self._data), SIZE // _PIECE, address(self._out)], dtype=np.int64
-        )
+        self._block = build(_READ, data=self._data, n_tasks=SIZE // _PIECE, out=self._out)
 
-    def measure(self, times: int = 5) -> float:
-        """Return the best of some reads of SIZE bytes, in bytes per second."""
-        best = float("inf")
+    def measure(self, n_threads: int, times: int = 5) -> float:
+        """Return the best of some reads of it all, in bytes per second."""
+        pool, best = Pool(n_threads), float("inf")
         for _ in range(times):
             started = time.perf_counter()
-            self._pool.run(read_all, address(self._block))
+            pool.run(read_all, address(self._block))
             best = min(best, time.perf_counter() - started)
+        pool.close()
         return SIZE / best
-
-    def close(self) -> None:
-        self._pool.close()

@@ -138,69 +138,47 @@ def pack(x, n, out, ones):
 
 
 @inline
-def _q4_0_group(w, scales, bias, q, total):
-    """total + (4 Q4_0 blocks at w) . (128 packed activations)."""
-    nibbles = load_q4_0_quants(w)
-    lanes = dot_nibbles(load_i32x16(bias), low_nibbles(nibbles), load_i8x64(q))
-    lanes = dot_nibbles(lanes, high_nibbles(nibbles), load_i8x64(q + 64))
-    return fma(to_f32(lanes), q4_0_scales(w, scales), total)
-
-
-@inline
-def _dot_q4_0(w, n, x, scratch, ahead):
-    """Sum over blocks of d * s * (sum of q4 * q8 - 8 * sum of q8); reads n / 32 * 18 bytes."""
-    _, _, _, q, bias = _planes(n)
-    q, bias = x + q, x + bias
-    n_groups, rest = n // 128, n // 32 % 4 * 18
-    # Two sums, so that one waits for its multiply-add while the other goes on.
-    even, odd = splat(np.float32(0)), splat(np.float32(0))
-    for _ in range(n_groups // 2):
-        prefetch(w + ahead)
-        prefetch(w + ahead + 64)
-        even = _q4_0_group(w, x, bias, q, even)
-        odd = _q4_0_group(w + 72, x + 16, bias + 64, q + 128, odd)
-        w, x, bias, q = w + 144, x + 32, bias + 128, q + 256
-    if n_groups % 2:
-        prefetch(w + ahead)
-        even = _q4_0_group(w, x, bias, q, even)
-        w, x, bias, q = w + 72, x + 16, bias + 64, q + 128
-    if rest:
-        # The row ends inside a group: continue in a copy with blocks of zero behind it.
-        for i in range(72):
-            store_u8(scratch + i, load_u8(w + i) if i < rest else np.uint8(0))
-        odd = _q4_0_group(scratch, x, bias, q, odd)
-    return sum16(add(even, odd))
-
-
-@inline
-def _q8_0_group(w, scales, bias, q, total):
-    """total + (2 Q8_0 blocks at w) . (64 packed activations)."""
-    start = scale_i32(load_i32x16(bias), Q8_BIAS // 32)
+def _group(type_, w, scales, bias, q, total):
+    """total + the blocks of 64 bytes of quants at w . as many packed activations."""
+    if type_ == Q4_0:  # 4 blocks, 128 activations
+        nibbles = load_q4_0_quants(w)
+        lanes = dot_nibbles(load_i32x16(bias), low_nibbles(nibbles), load_i8x64(q))
+        lanes = dot_nibbles(lanes, high_nibbles(nibbles), load_i8x64(q + 64))
+        return fma(to_f32(lanes), q4_0_scales(w, scales), total)
+    start = scale_i32(load_i32x16(bias), Q8_BIAS // 32)  # 2 blocks, 64 activations
     lanes = dot_bytes(start, load_q8_0_quants(w), load_i8x64(q))
     return fma(to_f32(lanes), q8_0_scales(w, scales), total)
 
 
 @inline
-def _dot_q8_0(w, n, x, scratch, ahead):
-    """Sum over blocks of d * s * (sum of q8 * q8); reads n / 32 * 34 bytes."""
-    _, q, bias, _, _ = _planes(n)
-    q, bias = x + q, x + bias
-    n_groups = n // 64
+def _dot_blocks(type_, w, n, x, scratch, ahead):
+    """The dot product of Q4_0 and Q8_0; call it with a constant type.
+
+    Q4_0: sum over blocks of d * s * (sum of q4 * q8 - 8 * sum of q8), n / 32 * 18 bytes read;
+    Q8_0: sum over blocks of d * s * (sum of q8 * q8), n / 32 * 34 bytes.
+    """
+    _, q8, bias8, q4, bias4 = _planes(n)
+    is_q4_0 = type_ == Q4_0
+    blocks, block_bytes = (4, 18) if is_q4_0 else (2, 34)  # blocks: in a group
+    q, bias = (x + q4, x + bias4) if is_q4_0 else (x + q8, x + bias8)
+    size, n_groups, rest = blocks * block_bytes, n // 32 // blocks, n // 32 % blocks * block_bytes
+    # Two sums, so that one waits for its multiply-add while the other goes on.
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     for _ in range(n_groups // 2):
         prefetch(w + ahead)
         prefetch(w + ahead + 64)
-        even = _q8_0_group(w, x, bias, q, even)
-        odd = _q8_0_group(w + 68, x + 8, bias + 64, q + 64, odd)
-        w, x, bias, q = w + 136, x + 16, bias + 128, q + 128
+        even = _group(type_, w, x, bias, q, even)
+        odd = _group(type_, w + size, x + 4 * blocks, bias + 64, q + 32 * blocks, odd)
+        w, x, bias, q = w + 2 * size, x + 8 * blocks, bias + 128, q + 64 * blocks
     if n_groups % 2:
         prefetch(w + ahead)
-        even = _q8_0_group(w, x, bias, q, even)
-        w, x, bias, q = w + 68, x + 8, bias + 64, q + 64
-    if n // 32 % 2:
-        for i in range(68):
-            store_u8(scratch + i, load_u8(w + i) if i < 34 else np.uint8(0))
-        odd = _q8_0_group(scratch, x, bias, q, odd)
+        even = _group(type_, w, x, bias, q, even)
+        w, x, bias, q = w + size, x + 4 * blocks, bias + 64, q + 32 * blocks
+    if rest:
+        # The row ends inside a group: continue in a copy with blocks of zero behind it.
+        for i in range(size):
+            store_u8(scratch + i, load_u8(w + i) if i < rest else np.uint8(0))
+        odd = _group(type_, scratch, x, bias, q, odd)
     return sum16(add(even, odd))
 
 
@@ -352,29 +330,27 @@ def _axpy2_float(type_, v, w, n, a, b, y, ahead_v, ahead_w):
 
 
 @inline
-def _axpy2_q4_0(v, w, n, a, b, y, ahead_v, ahead_w):
-    for _ in range(n // 32):
-        prefetch(v + ahead_v)
-        prefetch(w + ahead_w)
-        scale_v, scale_w = splat(a * load_f16(v)), splat(b * load_f16(w))
-        low = fma(q4_0_low(v + 2), scale_v, load_f32x16(y))
-        high = fma(q4_0_high(v + 2), scale_v, load_f32x16(y + 64))
-        store_f32x16(y, fma(q4_0_low(w + 2), scale_w, low))
-        store_f32x16(y + 64, fma(q4_0_high(w + 2), scale_w, high))
-        v, w, y = v + 18, w + 18, y + 128
+def _fma_blocks(type_, w, scale, low, high):
+    """low, high + scale * the first and the last 16 weights of the block at w."""
+    if type_ == Q4_0:
+        return fma(q4_0_low(w + 2), scale, low), fma(q4_0_high(w + 2), scale, high)
+    return fma(load_i8x16(w + 2), scale, low), fma(load_i8x16(w + 18), scale, high)
 
 
 @inline
-def _axpy2_q8_0(v, w, n, a, b, y, ahead_v, ahead_w):
+def _axpy2_blocks(type_, v, w, n, a, b, y, ahead_v, ahead_w):
+    """The same for Q4_0 and Q8_0."""
+    block_bytes = 18 if type_ == Q4_0 else 34
     for _ in range(n // 32):
         prefetch(v + ahead_v)
         prefetch(w + ahead_w)
         scale_v, scale_w = splat(a * load_f16(v)), splat(b * load_f16(w))
-        low = fma(load_i8x16(v + 2), scale_v, load_f32x16(y))
-        high = fma(load_i8x16(v + 18), scale_v, load_f32x16(y + 64))
-        store_f32x16(y, fma(load_i8x16(w + 2), scale_w, low))
-        store_f32x16(y + 64, fma(load_i8x16(w + 18), scale_w, high))
-        v, w, y = v + 34, w + 34, y + 128
+        low, high = load_f32x16(y), load_f32x16(y + 64)
+        low, high = _fma_blocks(type_, v, scale_v, low, high)
+        low, high = _fma_blocks(type_, w, scale_w, low, high)
+        store_f32x16(y, low)
+        store_f32x16(y + 64, high)
+        v, w, y = v + block_bytes, w + block_bytes, y + 128
 
 
 @inline
@@ -406,10 +382,8 @@ def _make_dots(type_):
         for i in range(count):
             row = _row(rows, i)
             at, ahead = w + row * row_bytes, (_row(rows, i + k) - row) * row_bytes
-            if type_ == Q4_0:
-                value = _dot_q4_0(at, n, packed, scratch, ahead)
-            elif type_ == Q8_0:
-                value = _dot_q8_0(at, n, packed, scratch, ahead)
+            if type_ in (Q4_0, Q8_0):
+                value = _dot_blocks(type_, at, n, packed, scratch, ahead)
             elif type_ == Q6_K:
                 value = _dot_q6_k(at, n, packed, ahead)
             else:
@@ -431,10 +405,8 @@ def _make_axpys(type_):
             v, u = w + row * row_bytes, w + other * row_bytes
             ahead_v = (_row(rows, i + k) - row) * row_bytes
             ahead_u = (_row(rows, j + k) - other) * row_bytes
-            if type_ == Q4_0:
-                _axpy2_q4_0(v, u, n, a, b, y, ahead_v, ahead_u)
-            elif type_ == Q8_0:
-                _axpy2_q8_0(v, u, n, a, b, y, ahead_v, ahead_u)
+            if type_ in (Q4_0, Q8_0):
+                _axpy2_blocks(type_, v, u, n, a, b, y, ahead_v, ahead_u)
             else:
                 _axpy2_float(type_, v, u, n, a, b, y, ahead_v, ahead_u)
 
