@@ -7,8 +7,9 @@ the number of a layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -63,6 +64,12 @@ class Backend(Protocol):
 
     def head(self) -> None:
         """logits = norm(x) @ output, for the tokens in step.outputs."""
+
+    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """Return what does the same as `run`, which calls operators, for any step of one token.
+
+        A graph: it goes from operator to operator without Python. `run` may or may not be called.
+        """
 
     def close(self) -> None:
         """Free threads and memory."""

@@ -9,7 +9,7 @@ from .errors import ModelError, RequestError, shown
 from .gguf import GGUFFile, ValueType
 
 Mode = Literal["exact", "predicted", "dense"]
-Isa = Literal["auto", "avx512vnni", "avx2", "generic"]
+Isa = Literal["auto", "amx", "avx512vnni", "avx2", "generic"]
 
 # FFN activations. Of the first a neuron is exactly silent for most tokens:
 #   relu; fatrelu(x) = x if x >= t else 0; drelu = relu(gate) * relu(up); relu2 = relu(x)^2

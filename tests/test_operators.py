@@ -16,11 +16,16 @@ MODES = ["exact", "predicted", "dense"]
 class Pair:
     """The same model twice: on the backend under test, and as reference."""
 
-    def __init__(self, path, mode, n_tok, context=64):
+    def __init__(self, path, mode, n_tok, context=64, sequences=1):
         self.engines = []
         for backend in ("cpu", "numpy"):
             options = RunOptions(
-                mode=mode, backend=backend, chunk=n_tok, context=context, threads=2
+                mode=mode,
+                backend=backend,
+                chunk=n_tok,
+                context=context,
+                sequences=sequences,
+                threads=2,
             )
             engine = Engine(path, options)
             self.engines.append(engine)
@@ -179,7 +184,37 @@ def test_masks_of_none_and_all(type_, tiny_gguf):
             pair.close()
     for n_tok in (1, 3):
         assert np.array_equal(results[1, "predicted", n_tok], results[0, "exact", n_tok])
-    assert np.array_equal(results[0, "exact", 1][0], results[0, "exact", 3][0])
+    # One token and several are summed in different orders.
+    check(results[0, "exact", 1], results[0, "exact", 3][:1], False)
+
+
+@pytest.mark.parametrize("mode", ["predicted", "exact", "dense"])
+@pytest.mark.parametrize("type_", TYPES)
+def test_a_token_depends_on_no_other(type_, mode, tiny_gguf):
+    """To the bit the same among 2 tokens or 70, listed rows or all, with AMX tiles or without."""
+    plan_ops = Pair(tiny_gguf("gqa", type_, True), mode, 70, context=128)
+    plan, ops = plan_ops.ours, plan_ops.ops
+    rng = np.random.default_rng(4)
+    x, mask = rng.standard_normal((70, 96)).astype(np.float32), rng.random((70, 160)) < 0.2
+    seen = {}
+    for tokens in (range(70), range(17), range(16), range(5, 40), (3, 69), (69, 3, 16)):
+        n_tok, b = len(tokens), plan.buffers
+        plan.step.counts[0] = n_tok
+        b.x[:n_tok] = x[list(tokens)]
+        plan.step.positions[:n_tok], plan.step.rows[:n_tok] = tokens, 0
+        ops.qkv(0)
+        b.a[:n_tok] = b.q[:n_tok]
+        ops.out_add(0)
+        ops.ffn_norm(0)
+        if mode == "predicted":
+            ops.predict(0)
+            b.mask[:n_tok] = mask[list(tokens)]
+        ops.ffn(0)
+        for i, token in enumerate(tokens):
+            result = (b.x[i].copy(), b.scores[i].copy(), b.fired[i].copy())
+            for now, before in zip(result, seen.setdefault(token, result), strict=True):
+                assert np.array_equal(now, before), (tokens, token)
+    plan_ops.close()
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 100])
@@ -205,7 +240,41 @@ def test_attention_lengths(length, tiny_gguf):
     pair.ours.step.positions[0] = length - 1
     pair.ours.buffers.q[0] = q[-1]
     pair.ops.attend(1)
-    assert np.array_equal(pair.ours.buffers.a[0], many)
+    check(pair.ours.buffers.a[:1], many[None], False)
+    pair.close()
+
+
+@pytest.mark.parametrize("name", ["gqa", "mha"])
+def test_long_contexts_in_parts(name, tiny_gguf):
+    """A context of several splits; several texts in one step, alone and with neighbours."""
+    lengths = (1000, 300, 256, 257, 3, 40)
+    pair = Pair(tiny_gguf(name, "f16"), "exact", 40, context=1024, sequences=6)
+    n = pair.ours.buffers.q.shape[1]
+    rng = np.random.default_rng(5)
+    shape = pair.ours.cache.k.shape
+    k, v = (rng.standard_normal(shape).astype(np.float16) for _ in range(2))
+    q = rng.standard_normal((40, n)).astype(np.float32) * 2
+    # One new token of each text but the fourth and the last, which have 3 and 32.
+    new = (1, 1, 1, 3, 1, 32)
+    rows = np.repeat(np.arange(6), new)
+    positions = np.concatenate(
+        [np.arange(end - k, end) for end, k in zip(lengths, new, strict=True)]
+    )
+    for plan, ops in ((pair.ours, pair.ops), (pair.theirs, pair.reference)):
+        plan.cache.k[:], plan.cache.v[:] = k, v
+        plan.step.pages[:] = np.arange(shape[1])[: plan.step.pages.size].reshape(6, -1)
+        plan.buffers.q[:39] = q[:39]
+        plan.step.counts[0] = 39
+        plan.step.positions[:39], plan.step.rows[:39] = positions, rows
+        ops.attend(1)
+    check(pair.ours.buffers.a[:39], pair.theirs.buffers.a[:39], False)
+    together = pair.ours.buffers.a[:39].copy()
+    for t in (0, 1, 2, 6):
+        pair.ours.step.counts[0] = 1
+        pair.ours.step.positions[0], pair.ours.step.rows[0] = positions[t], rows[t]
+        pair.ours.buffers.q[0] = q[t]
+        pair.ops.attend(1)
+        assert np.array_equal(pair.ours.buffers.a[0], together[t])
     pair.close()
 
 

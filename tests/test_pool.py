@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from powerinfer.runtime.cpu.block import build, layout
 from powerinfer.runtime.cpu.jit import arg, job
-from powerinfer.runtime.cpu.pool import Pool, finish, physical_cores, take, wait
+from powerinfer.runtime.cpu.pool import Pool, finish, physical_cores, program, take, wait
 from powerinfer.runtime.cpu.simd import atomic_add, load_i64
 from powerinfer.runtime.errors import RequestError
 
@@ -45,9 +45,9 @@ class Counter:
         self.hits = np.zeros(size, np.int64)
         self.block = build(COUNT, n=self.n, hits=self.hits, total=self.total)
 
-    def run(self, pool, n):
+    def run(self, pool, n, times=1):
         self.n[0] = n
-        pool.run(count, self.block.ctypes.data)
+        pool.run(program([(count.address, self.block.ctypes.data)] * times))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
@@ -126,6 +126,14 @@ def test_threads_that_cannot_be_started(monkeypatch):
     with pytest.raises(RequestError, match="does not allow 8 threads"):
         Pool(8)
     assert not any(thread.is_alive() for thread in started)
+
+
+def test_jobs_of_a_program_follow_each_other():
+    pool, counter = Pool(3), Counter()
+    counter.run(pool, 100, times=50)
+    assert counter.hits[:100].tolist() == [50] * 100
+    assert counter.total[0] == 100 * sum(range(1, 51))  # each run adds up what it has made so far
+    pool.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

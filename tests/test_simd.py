@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import kl
 from powerinfer.runtime.cpu import isa, simd
-from powerinfer.runtime.cpu.elementwise import exp16, softmax_numerators
+from powerinfer.runtime.cpu.elementwise import exp16, exp_below, peak_of
 from powerinfer.runtime.errors import RequestError
 
 import powerinfer
@@ -45,7 +45,7 @@ def exponentials(n, x, target):
 
 @numba.njit
 def numerators(x, n):
-    return softmax_numerators(x, n)
+    return exp_below(x, n, peak_of(x, n))
 
 
 def address(x):
@@ -142,7 +142,7 @@ for path, out in {paths!r}.items():
 def test_one_path_in_a_process():
     isa.use("auto")
     isa.use(isa.ISA)
-    for name in ("avx512vnni", "avx2", "generic"):
+    for name in ("amx", "avx512vnni", "avx2", "generic"):
         if name != isa.ISA:
             message = "made kernels for" if name in isa.available() else "cannot run"
             with pytest.raises(RequestError, match=message):
@@ -154,4 +154,6 @@ def test_the_best_path_is_chosen():
     from llvmlite.binding import get_host_cpu_features
 
     has = get_host_cpu_features()
-    assert (isa.ISA == "avx512vnni") == bool(has.get("avx512vnni") and has.get("avx512bw"))
+    is_wide = bool(has.get("avx512vnni") and has.get("avx512bw"))
+    assert (isa.ISA in ("amx", "avx512vnni")) == is_wide == isa.HAS_VNNI
+    assert isa.HAS_AMX == (isa.ISA == "amx") == ("amx" in isa.available())

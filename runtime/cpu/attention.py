@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ..cache import PAGE
 from .block import MATRIX, layout
-from .elementwise import rope_head, softmax_numerators
+from .elementwise import exp_below, peak_of, rope_head, scale_by
+from .gemm import panel_bytes, panel_size
 from .jit import arg, inline, job
-from .linear import STORE, WORK, matmul_task, n_tasks_of, norm_task
+from .linear import STORE, WORK, add_rows, add_to, matmul_task, n_tasks_of, norm_task
 from .pool import finish, take, wait
-from .rows import AHEAD, F16, F32, axpy_float, dot_float, fill_zero
+from .rows import F16, fill_zero, pack_stride
 from .simd import (
+    call_dots,
+    call_rows,
+    call_unpack,
     load_f32,
     load_f32x16,
     load_i32,
@@ -21,12 +27,13 @@ from .simd import (
     store_f16x16,
     store_f32,
     store_f32x16,
+    store_i32,
 )
 
 QKV = layout(
-    "counts positions rows pages pages_cols x norm:NORM n_embd h packs pack_bytes ones q k v "
+    "counts positions rows pages pages_cols x norm:NORM n_embd h packs ones q k v "
     "n_head n_head_kv head_dim rope rope_half is_neox k_cache v_cache kv_type "
-    "scratch scratch_bytes wq:MATRIX wk:MATRIX wv:MATRIX"
+    "scratch scratch_bytes n_threads wq:MATRIX wk:MATRIX wv:MATRIX"
 )
 
 
@@ -56,9 +63,9 @@ def qkv(args, control, epoch, thread):
 
     q [n_tok, n_head * head_dim]; one task of the last phase is a token and a kv head.
     """
-    n_tok = load_i32(arg(args, QKV.counts))
+    n_tok = np.int64(load_i32(arg(args, QKV.counts)))
     n = arg(args, QKV.n_embd)
-    h, packs, size = arg(args, QKV.h), arg(args, QKV.packs), arg(args, QKV.pack_bytes)
+    h, packs = arg(args, QKV.h), arg(args, QKV.packs)
     while True:
         t = take(control, 0, epoch, n_tok)
         if t < 0:
@@ -68,7 +75,7 @@ def qkv(args, control, epoch, thread):
             arg(args, QKV.x) + t * n * 4,
             n,
             h + t * n * 4,
-            packs + t * size,
+            packs + t * pack_stride(n),
             arg(args, QKV.ones),
         )
         finish(control, 0)
@@ -77,7 +84,8 @@ def qkv(args, control, epoch, thread):
 
     wq, wk, wv = args + 8 * QKV.wq, args + 8 * QKV.wk, args + 8 * QKV.wv
     scratch = arg(args, QKV.scratch) + thread * arg(args, QKV.scratch_bytes)
-    n_q, n_k = n_tasks_of(wq), n_tasks_of(wk)
+    n_threads = arg(args, QKV.n_threads)
+    n_q, n_k = n_tasks_of(wq, n_threads, n_tok), n_tasks_of(wk, n_threads, n_tok)
     n_tasks = n_q + 2 * n_k
     while True:
         task = take(control, 1, epoch, n_tasks)
@@ -89,7 +97,7 @@ def qkv(args, control, epoch, thread):
         elif task >= n_q:
             w, y, task = wk, arg(args, QKV.k), task - n_q
         rows = arg(w, MATRIX.rows)
-        matmul_task(w, task, n_tok, h, packs, size, y, rows, STORE, scratch)
+        matmul_task(w, task, n_threads, n_tok, h, packs, y, rows, STORE, scratch)
         finish(control, 1)
     if not wait(control, 1, epoch, n_tasks):
         return
@@ -131,71 +139,240 @@ def qkv(args, control, epoch, thread):
 
 ATTEND = layout(
     "counts positions rows pages pages_cols q a n_head n_head_kv head_dim scale k_cache v_cache "
-    "kv_type scratch scratch_bytes"
+    "kv_type dots unpack multiply axpys widen partial n_splits_max scratch scratch_bytes n_threads"
 )
 
+BLOCK = 16  # tokens in one task
+SPLIT = 256  # earlier tokens in one task, for a token on its own
+CHUNK = 128  # earlier tokens at a time, for several tokens of a text: whole pages
+
+
+def attend_bytes(n_head: int, n_head_kv: int, head_dim: int, n_tok: int) -> int:
+    """Return the scratch that attend needs behind linear.WORK."""
+    if n_tok == 1:
+        return 4 * (SPLIT + 16)
+    n_query = BLOCK * n_head // n_head_kv
+    return panel_bytes(head_dim) + n_query * (64 + 12 + 4 * CHUNK) + 4 * CHUNK * head_dim
+
+
+def partial_floats(head_dim: int) -> int:
+    """Return the float32 that one head has for one split: its sum, then peak and total."""
+    return head_dim + 16
+
 
 @inline
-def _dot_cached(kv_type, w, n, x):
-    if kv_type == F16:
-        return dot_float(F16, w, n, x, AHEAD)
-    return dot_float(F32, w, n, x, AHEAD)
+def _single(args, t, head, split, scratch):
+    """One token and one kv head over the SPLIT earlier tokens of a split.
+
+    a, or, where there are several splits, partial = sum of exp(score - peak) * v; peak; total.
+    """
+    n_head, n_head_kv = arg(args, ATTEND.n_head), arg(args, ATTEND.n_head_kv)
+    head_dim, scale = arg(args, ATTEND.head_dim), load_f32(arg(args, ATTEND.scale))
+    pages, pages_cols = arg(args, ATTEND.pages), arg(args, ATTEND.pages_cols)
+    head_bytes = head_dim * (2 if arg(args, ATTEND.kv_type) == F16 else 4)
+    row = np.int64(load_i32(arg(args, ATTEND.rows) + 4 * t))
+    length = np.int64(load_i32(arg(args, ATTEND.positions) + 4 * t)) + 1
+    start = split * SPLIT
+    n = min(SPLIT, length - start)
+    scores, group = scratch + WORK, n_head // n_head_kv
+    for i in range(head * group, (head + 1) * group):
+        q = arg(args, ATTEND.q) + 4 * head_dim * (t * n_head + i)
+        for j in range(0, n, PAGE):
+            at = _slot(pages, pages_cols, row, start + j, head, n_head_kv, head_bytes)
+            k = arg(args, ATTEND.k_cache) + at
+            call_dots(
+                arg(args, ATTEND.dots),
+                k,
+                head_bytes,
+                head_dim,
+                0,
+                min(PAGE, n - j),
+                q,
+                0,
+                scratch,
+                scores + 4 * j,
+            )
+        scale_by(scores, n, scale)
+        peak = peak_of(scores, n)
+        total = exp_below(scores, n, peak)
+        a = arg(args, ATTEND.a) + 4 * head_dim * (t * n_head + i)
+        if length > SPLIT:
+            a = _partial(args, row, i, split)
+            store_f32(a + 4 * head_dim, peak)
+            store_f32(a + 4 * head_dim + 4, total)
+        fill_zero(a, head_dim)
+        for j in range(0, n, PAGE):
+            at = _slot(pages, pages_cols, row, start + j, head, n_head_kv, head_bytes)
+            v, count = arg(args, ATTEND.v_cache) + at, min(PAGE, n - j)
+            axpys = arg(args, ATTEND.axpys)
+            call_rows(axpys, v, head_bytes, head_dim, 0, count, scores + 4 * j, a)
+        if length <= SPLIT:
+            scale_by(a, head_dim, np.float32(1) / total)
 
 
 @inline
-def _axpy_cached(kv_type, w, n, a, y):
-    if kv_type == F16:
-        axpy_float(F16, w, n, a, y, AHEAD)
-    else:
-        axpy_float(F32, w, n, a, y, AHEAD)
+def _partial(args, row, head, split):
+    """Return where a sequence's head keeps what came of a split."""
+    n = arg(args, ATTEND.head_dim) + 16
+    index = row * arg(args, ATTEND.n_head) + head
+    return arg(args, ATTEND.partial) + 4 * n * (index * arg(args, ATTEND.n_splits_max) + split)
+
+
+@inline
+def _combine(args, t):
+    """a of a token on its own, from its splits: sum of e^(peak - highest) * partial / totals."""
+    n_head, head_dim = arg(args, ATTEND.n_head), arg(args, ATTEND.head_dim)
+    row = np.int64(load_i32(arg(args, ATTEND.rows) + 4 * t))
+    length = np.int64(load_i32(arg(args, ATTEND.positions) + 4 * t)) + 1
+    n_splits = (length + SPLIT - 1) // SPLIT
+    for i in range(n_head):
+        a = arg(args, ATTEND.a) + 4 * head_dim * (t * n_head + i)
+        highest = load_f32(_partial(args, row, i, 0) + 4 * head_dim)
+        for split in range(1, n_splits):
+            highest = max(highest, load_f32(_partial(args, row, i, split) + 4 * head_dim))
+        total = np.float32(0)
+        fill_zero(a, head_dim)
+        for split in range(n_splits):
+            part = _partial(args, row, i, split)
+            factor = np.float32(math.exp(load_f32(part + 4 * head_dim) - highest))
+            total += factor * load_f32(part + 4 * head_dim + 4)
+            scale_by(part, head_dim, factor)
+            add_to(a, part, 0, head_dim)
+        scale_by(a, head_dim, np.float32(1) / total)
+
+
+@inline
+def _several(args, first, last, head, scratch):
+    """Tokens first to last - 1 of one text, for one kv head: K and V are widened once for all.
+
+    Softmax as it goes: with every CHUNK of earlier tokens the sums so far are scaled to the new
+    peak (Milakov and Gimelshein, arXiv 1805.02867).
+    """
+    n_head, n_head_kv = arg(args, ATTEND.n_head), arg(args, ATTEND.n_head_kv)
+    head_dim, scale = arg(args, ATTEND.head_dim), load_f32(arg(args, ATTEND.scale))
+    pages, pages_cols = arg(args, ATTEND.pages), arg(args, ATTEND.pages_cols)
+    head_bytes = head_dim * (2 if arg(args, ATTEND.kv_type) == F16 else 4)
+    row = np.int64(load_i32(arg(args, ATTEND.rows) + 4 * first))
+    position = np.int64(load_i32(arg(args, ATTEND.positions) + 4 * first))
+    group = n_head // n_head_kv
+    n_query, end = (last - first) * group, position + last - first
+    panel = scratch + WORK
+    out = panel + panel_size(head_dim)  # f32 [n_query][16]
+    queries = out + 64 * n_query  # i32 [n_query]: which of q [n_tok * n_head]
+    peaks = queries + 4 * n_query
+    totals = peaks + 4 * n_query
+    scores = totals + 4 * n_query  # f32 [n_query][CHUNK]
+    values = scores + 4 * CHUNK * n_query  # f32 [CHUNK][head_dim]
+    for i in range(n_query):
+        query = (first + i // group) * n_head + head * group + i % group
+        store_i32(queries + 4 * i, np.int32(query))
+        store_f32(peaks + 4 * i, np.float32(-3.0e38))
+        store_f32(totals + 4 * i, np.float32(0))
+        fill_zero(arg(args, ATTEND.a) + 4 * head_dim * query, head_dim)
+    scales = splat(scale)
+    for start in range(0, end, CHUNK):
+        n = min(CHUNK, end - start)
+        for j in range(0, n, 16):
+            at = _slot(pages, pages_cols, row, start + j, head, n_head_kv, head_bytes)
+            k, count = arg(args, ATTEND.k_cache) + at, min(16, n - j)
+            call_unpack(arg(args, ATTEND.unpack), k, head_bytes, head_dim, 0, count, panel)
+            q, multiply = arg(args, ATTEND.q), arg(args, ATTEND.multiply)
+            call_rows(multiply, panel, head_dim, q, 0, queries, n_query, out)
+            for i in range(n_query):
+                source, target = out + 64 * i, scores + 4 * (CHUNK * i + j)
+                store_f32x16(target, mul(load_f32x16(source), scales))
+        for j in range(0, n, PAGE):
+            at = _slot(pages, pages_cols, row, start + j, head, n_head_kv, head_bytes)
+            v, count = arg(args, ATTEND.v_cache) + at, min(PAGE, n - j)
+            to, size = values + 4 * head_dim * j, 4 * head_dim
+            call_rows(arg(args, ATTEND.widen), v, head_bytes, head_dim, 0, count, to, size)
+        for i in range(n_query):
+            n_seen = min(n, position + i // group + 1 - start)
+            if n_seen > 0:
+                mine = scores + 4 * CHUNK * i
+                query = np.int64(load_i32(queries + 4 * i))
+                a = arg(args, ATTEND.a) + 4 * head_dim * query
+                before = load_f32(peaks + 4 * i)
+                peak = max(before, peak_of(mine, n_seen))
+                factor = np.float32(math.exp(before - peak))
+                total = exp_below(mine, n_seen, peak)
+                store_f32(peaks + 4 * i, peak)
+                store_f32(totals + 4 * i, load_f32(totals + 4 * i) * factor + total)
+                if factor != 1:
+                    scale_by(a, head_dim, factor)
+                add_rows(a, head_dim, values, 0, mine, n_seen)
+    for i in range(n_query):
+        a = arg(args, ATTEND.a) + 4 * head_dim * np.int64(load_i32(queries + 4 * i))
+        scale_by(a, head_dim, np.float32(1) / load_f32(totals + 4 * i))
+
+
+@inline
+def _run_end(args, t, n_tok):
+    """Return the end of the tokens from t on that belong to the same text, within a BLOCK."""
+    row, end = load_i32(arg(args, ATTEND.rows) + 4 * t), t + 1
+    last = min((t // BLOCK + 1) * BLOCK, n_tok)
+    while end < last and load_i32(arg(args, ATTEND.rows) + 4 * end) == row:
+        end += 1
+    return end
+
+
+@inline
+def _is_alone(args, t, n_tok):
+    """Whether a token is the only one of its text: blocks of tokens must not change a bit."""
+    rows = arg(args, ATTEND.rows)
+    row = load_i32(rows + 4 * t)
+    if t > 0 and load_i32(rows + 4 * t - 4) == row:
+        return False
+    return t + 1 == n_tok or load_i32(rows + 4 * t + 4) != row
 
 
 @job
 def attend(args, control, epoch, thread):
     """a = softmax(q . K * scale) . V for each token over its sequence up to itself.
 
-    A task is a token and a kv head with its group of q heads. Reads 2 * head_dim numbers of the
-    cache for every earlier token; scores [length] lie in the thread's scratch.
+    A task is a BLOCK of tokens, a kv head with its group of q heads, and, for texts with one new
+    token, a SPLIT of their context, so that a long one occupies all threads. Reads 2 * head_dim
+    numbers of the cache for every earlier token, once for all tokens of a text in the block.
     """
-    n_tok = load_i32(arg(args, ATTEND.counts))
-    n_head, n_head_kv = arg(args, ATTEND.n_head), arg(args, ATTEND.n_head_kv)
-    head_dim, kv_type = arg(args, ATTEND.head_dim), arg(args, ATTEND.kv_type)
-    k_cache, v_cache = arg(args, ATTEND.k_cache), arg(args, ATTEND.v_cache)
-    pages, pages_cols = arg(args, ATTEND.pages), arg(args, ATTEND.pages_cols)
-    scale = load_f32(arg(args, ATTEND.scale))
+    n_tok = np.int64(load_i32(arg(args, ATTEND.counts)))
+    n_head_kv = arg(args, ATTEND.n_head_kv)
     scratch = arg(args, ATTEND.scratch) + thread * arg(args, ATTEND.scratch_bytes)
-    scores = scratch + WORK
-    group = n_head // n_head_kv
-    head_bytes = head_dim * (2 if kv_type == F16 else 4)
-    n_tasks = n_tok * n_head_kv
+    longest = 0
+    for t in range(n_tok):
+        longest = max(longest, np.int64(load_i32(arg(args, ATTEND.positions) + 4 * t)) + 1)
+    n_splits, n_blocks = (longest + SPLIT - 1) // SPLIT, (n_tok + BLOCK - 1) // BLOCK
+    n_tasks = n_blocks * n_head_kv * n_splits
     while True:
         task = take(control, 0, epoch, n_tasks)
         if task < 0:
             break
-        t, head = task // n_head_kv, task % n_head_kv
-        row = np.int64(load_i32(arg(args, ATTEND.rows) + 4 * t))
-        length = np.int64(load_i32(arg(args, ATTEND.positions) + 4 * t)) + 1
-        for i in range(head * group, (head + 1) * group):
-            q = arg(args, ATTEND.q) + 4 * head_dim * (t * n_head + i)
-            a = arg(args, ATTEND.a) + 4 * head_dim * (t * n_head + i)
-            for first in range(0, length, PAGE):
-                k = k_cache + _slot(pages, pages_cols, row, first, head, n_head_kv, head_bytes)
-                for j in range(first, min(first + PAGE, length)):
-                    score = _dot_cached(kv_type, k, head_dim, q) * scale
-                    store_f32(scores + 4 * j, score)
-                    k += head_bytes
-            total = softmax_numerators(scores, length)
-            fill_zero(a, head_dim)
-            for first in range(0, length, PAGE):
-                v = v_cache + _slot(pages, pages_cols, row, first, head, n_head_kv, head_bytes)
-                for j in range(first, min(first + PAGE, length)):
-                    _axpy_cached(kv_type, v, head_dim, load_f32(scores + 4 * j), a)
-                    v += head_bytes
-            share = np.float32(1) / total
-            shares = splat(share)
-            for j in range(0, head_dim - 15, 16):
-                store_f32x16(a + 4 * j, mul(load_f32x16(a + 4 * j), shares))
-            for j in range(head_dim // 16 * 16, head_dim):
-                store_f32(a + 4 * j, load_f32(a + 4 * j) * share)
+        split, task = task % n_splits, task // n_splits
+        # The last blocks have seen most: they go first, so that no thread waits long at the end.
+        head, t = task % n_head_kv, (n_blocks - 1 - task // n_head_kv) * BLOCK
+        block_end = min(t + BLOCK, n_tok)
+        while t < block_end:
+            end = _run_end(args, t, n_tok)
+            if not _is_alone(args, t, n_tok):
+                if split == 0:
+                    _several(args, t, end, head, scratch)
+            elif np.int64(load_i32(arg(args, ATTEND.positions) + 4 * t)) >= split * SPLIT:
+                _single(args, t, head, split, scratch)
+            t = end
         finish(control, 0)
-    wait(control, 0, epoch, n_tasks)
+    if not wait(control, 0, epoch, n_tasks):
+        return
+
+    n_tasks = n_blocks if n_splits > 1 else 0
+    while True:
+        task = take(control, 1, epoch, n_tasks)
+        if task < 0:
+            break
+        t, block_end = task * BLOCK, min((task + 1) * BLOCK, n_tok)
+        while t < block_end:
+            end = _run_end(args, t, n_tok)
+            is_long = np.int64(load_i32(arg(args, ATTEND.positions) + 4 * t)) >= SPLIT
+            if is_long and _is_alone(args, t, n_tok):
+                _combine(args, t)
+            t = end
+        finish(control, 1)
+    wait(control, 1, epoch, n_tasks)

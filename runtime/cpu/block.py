@@ -15,11 +15,18 @@ from typing import Any
 import numpy as np
 
 from ..gguf import Tensor
-from .rows import AXPYS, DOTS
+from .gemm import MULTIPLIES, UNPACKS
+from .jit import Kernel
+from .rows import AXPYS, DOTS, WIDENS
 
-# Words of a weight matrix [rows, cols]: address, the kernels of its format (rows.DOTS, AXPYS),
+# Words of a weight matrix [rows, cols]: address, the kernels of its format (0: not used here),
 # rows, cols, bytes of a row, and the address of its float32 bias (0: none).
-MATRIX: Any = namedtuple("Matrix", "data dots axpys rows cols row_bytes bias")(*range(7))
+MATRIX: Any = namedtuple(
+    "Matrix", "data dots unpack multiply axpys widen rows cols row_bytes bias"
+)(*range(10))
+# What is done with a matrix: its rows times activations, or their sum.
+PRODUCTS, SUMS = (DOTS, UNPACKS, MULTIPLIES), (AXPYS, WIDENS)
+_TABLES = (*PRODUCTS, *SUMS)
 # Words of a norm: its kind, and the addresses of float32 weight, bias (0: none) and epsilon.
 NORM: Any = namedtuple("Norm", "kind weight bias eps")(*range(4))
 _KINDS = {"MATRIX": len(MATRIX), "NORM": len(NORM)}
@@ -42,14 +49,18 @@ def address(array: np.ndarray[Any, Any] | None) -> int:
     return 0 if array is None else int(array.ctypes.data)
 
 
-def matrix(tensor: Tensor | None, bias: Tensor | None = None) -> list[int]:
+def matrix(
+    tensor: Tensor | None,
+    bias: Tensor | None = None,
+    use: tuple[dict[int, Kernel], ...] = PRODUCTS,
+) -> list[int]:
     """Return the words of a weight matrix; of None, zeros."""
     if tensor is None:
         return [0] * len(MATRIX)
+    kernels = [t[tensor.type].address if t in use else 0 for t in _TABLES]
     return [
         address(tensor.data),
-        DOTS[tensor.type].address,
-        AXPYS[tensor.type].address,
+        *kernels,
         tensor.rows,
         tensor.cols,
         int(tensor.data.shape[1]),

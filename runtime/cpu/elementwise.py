@@ -105,18 +105,23 @@ def exp16(x):
 
 
 @inline
-def softmax_numerators(x, n):
-    """x [n] = exp(x - max x) in place; returns their sum. x has room for n rounded up to 16."""
+def peak_of(x, n):
+    """Return the largest of x [n]. x has room for n rounded up to 16, filled with very low ones."""
     low = np.float32(-3.0e38)
     for i in range(n, (n + 15) // 16 * 16):
         store_f32(x + 4 * i, low)
     best = splat(low)
     for i in range(0, n, 16):
         best = maximum(best, load_f32x16(x + 4 * i))
-    peak = splat(max16(best))
-    total = splat(np.float32(0))
+    return max16(best)
+
+
+@inline
+def exp_below(x, n, peak):
+    """x [n] = exp(x - peak) in place; returns their sum. Call peak_of first, peak >= its result."""
+    peaks, total = splat(peak), splat(np.float32(0))
     for i in range(0, n, 16):
-        e = exp16(sub(load_f32x16(x + 4 * i), peak))
+        e = exp16(sub(load_f32x16(x + 4 * i), peaks))
         store_f32x16(x + 4 * i, e)
         if i + 16 <= n:
             total = add(total, e)
@@ -124,3 +129,13 @@ def softmax_numerators(x, n):
     for i in range(n // 16 * 16, n):
         result += load_f32(x + 4 * i)
     return result
+
+
+@inline
+def scale_by(x, n, factor):
+    """x [n] *= factor."""
+    factors = splat(factor)
+    for i in range(0, n - 15, 16):
+        store_f32x16(x + 4 * i, mul(load_f32x16(x + 4 * i), factors))
+    for i in range(n // 16 * 16, n):
+        store_f32(x + 4 * i, load_f32(x + 4 * i) * factor)

@@ -1,10 +1,10 @@
-"""The FFN: only the neurons that matter for a token.
+"""The FFN of one token: only the neurons that matter.
 
     act = activation(decider h) * (up h),  x += sum over neurons of act * (row of down_t)
 
 The decider is the gate, or, in models without one, up (and no factor). Its rows are read for the
-predicted neurons, or for all; rows of up and down_t only for those that fire. A token's neurons
-are its own, whatever else is in the batch.
+predicted neurons, or for all; rows of up and down_t only for those that fire. Several tokens:
+ffn_batch.py.
 
 Results do not depend on the number of threads: the list of fired neurons is cut into LANES pieces
 of equal length, each with its own accumulator, added up in lane order.
@@ -19,21 +19,33 @@ import numpy as np
 from ..step import FIRED, HALF_FIRED
 from .block import MATRIX, layout
 from .jit import arg, inline, job
-from .linear import ADD, LIST, ROWS, WORK, matmul_task, n_tasks_of, row_dots
+from .linear import (
+    ADD,
+    LIST,
+    ROWS,
+    add_to,
+    matmul_task,
+    n_tasks_of,
+    row_dots,
+    rows_per_task,
+)
 from .pool import finish, take, wait
-from .rows import fill_zero, pack
+from .rows import fill_zero, pack, pack_stride
 from .simd import (
-    add,
     atomic_add,
-    call_axpys,
+    call_rows,
     load_f32,
     load_f32x16,
     load_i32,
     load_u8,
+    maximum,
+    mul,
+    splat,
     store_f32,
     store_f32x16,
     store_i32,
     store_u8,
+    where_at_least,
 )
 
 LANES = 16
@@ -50,14 +62,14 @@ ACTIVATIONS = {
 }
 
 FFN = layout(
-    "counts h packs pack_bytes ones mask has_mask is_dense act rows n_rows fired active n_active "
-    "values activation threshold x down_bias lanes totals act_packs act_pack_bytes scratch "
-    "scratch_bytes is_transposed decider:MATRIX up:MATRIX down:MATRIX"
+    "counts h packs ones mask has_mask is_dense act rows n_rows fired active n_active values "
+    "activation threshold x down_bias lanes totals act_packs any_fired place scratch scratch_bytes "
+    "n_threads is_transposed width decider:MATRIX up:MATRIX down:MATRIX"
 )
 
 AUDIT = layout(
-    "token h packs pack_bytes activation threshold act truth scratch scratch_bytes "
-    "decider:MATRIX up:MATRIX"
+    "token h packs activation threshold act truth scratch scratch_bytes n_threads decider:MATRIX "
+    "up:MATRIX"
 )
 
 
@@ -72,6 +84,23 @@ def activate(kind, x, threshold):
         return x if x >= threshold else np.float32(0)
     x = max(x, np.float32(0))
     return x * x if kind == RELU2 else x
+
+
+@inline
+def activate16(kind, x, threshold):
+    """Apply the activation to 16 numbers in place."""
+    if kind in (SILU, GELU):
+        for i in range(16):
+            store_f32(x + 4 * i, activate(kind, load_f32(x + 4 * i), threshold))
+        return
+    values, zero = load_f32x16(x), splat(np.float32(0))
+    if kind == FATRELU:
+        values = where_at_least(values, splat(threshold))
+    else:
+        values = maximum(values, zero)
+        if kind == RELU2:
+            values = mul(values, values)
+    store_f32x16(x, values)
 
 
 @inline
@@ -99,18 +128,16 @@ def _multiply(up, rows, count, h, packed, kind, act, fired, scratch):
 
 
 @inline
-def _lane(args, t, n_active, lane, y, scratch):
-    """y [n_embd] = the lane's share of the down projection of token t.
+def _lane(args, n_active, lane, y, scratch):
+    """y [n_embd] = the lane's share of the down projection.
 
     Reads the rows of up and of down for the neurons of the list: up may silence some more (drelu),
     whose rows of down are not read. In the standard layout of down only act is made.
     """
     decider, up, down = args + 8 * FFN.decider, args + 8 * FFN.up, args + 8 * FFN.down
-    n_ff, n_embd = arg(decider, MATRIX.rows), arg(decider, MATRIX.cols)
-    act, active = arg(args, FFN.act) + 4 * t * n_ff, arg(args, FFN.active) + 4 * t * n_ff
-    fired, values = arg(args, FFN.fired) + t * n_ff, arg(args, FFN.values) + 4 * t * n_ff
-    h = arg(args, FFN.h) + 4 * t * n_embd
-    packed = arg(args, FFN.packs) + t * arg(args, FFN.pack_bytes)
+    n_embd, act = arg(decider, MATRIX.cols), arg(args, FFN.act)
+    active, fired, values = arg(args, FFN.active), arg(args, FFN.fired), arg(args, FFN.values)
+    h, packed = arg(args, FFN.h), arg(args, FFN.packs)
     first, last = n_active * lane // LANES, n_active * (lane + 1) // LANES
     n, n_fired = first, 0
     for i in range(first, last, ROWS):
@@ -129,7 +156,7 @@ def _lane(args, t, n_active, lane, y, scratch):
     atomic_add(arg(args, FFN.totals) + 24, n_fired)
     fill_zero(y, n_embd)
     if arg(args, FFN.is_transposed) != 0:
-        call_axpys(
+        call_rows(
             arg(down, MATRIX.axpys),
             arg(down, MATRIX.data),
             arg(down, MATRIX.row_bytes),
@@ -141,121 +168,57 @@ def _lane(args, t, n_active, lane, y, scratch):
         )
 
 
-@inline
-def _add_to(y, x, first, last):
-    """y [first:last] += x [first:last], in float32."""
-    end = first + (last - first) // 16 * 16
-    for i in range(first, end, 16):
-        store_f32x16(y + 4 * i, add(load_f32x16(y + 4 * i), load_f32x16(x + 4 * i)))
-    for i in range(end, last):
-        store_f32(y + 4 * i, load_f32(y + 4 * i) + load_f32(x + 4 * i))
-
-
-@inline
-def _by_tokens(args, control, epoch, n_tok, scratch):
-    """Phase 3 for many tokens: each is one task, its lanes added up in the same order as ever."""
-    n_ff = arg(args + 8 * FFN.decider, MATRIX.rows)
-    n_embd = arg(args + 8 * FFN.decider, MATRIX.cols)
-    y, down_bias = scratch + WORK, arg(args, FFN.down_bias)
-    total = y + 4 * n_embd
-    while True:
-        t = take(control, 3, epoch, n_tok)
-        if t < 0:
-            break
-        n_active = np.int64(load_i32(arg(args, FFN.n_active) + 4 * t))
-        fill_zero(total, n_embd)
-        for lane in range(LANES):
-            _lane(args, t, n_active, lane, y, scratch)
-            _add_to(total, y, 0, n_embd)
-        if arg(args, FFN.is_transposed) != 0:
-            if down_bias != 0:
-                _add_to(total, down_bias, 0, n_embd)
-            _add_to(arg(args, FFN.x) + t * n_embd * 4, total, 0, n_embd)
-        elif n_ff % 32 == 0:
-            packs, size = arg(args, FFN.act_packs), arg(args, FFN.act_pack_bytes)
-            pack(arg(args, FFN.act) + t * n_ff * 4, n_ff, packs + t * size, arg(args, FFN.ones))
-        finish(control, 3)
-    wait(control, 3, epoch, n_tok)
-
-
-@inline
-def _standard_down(args, control, epoch, n_tok, scratch):
-    """Phase 4 for the standard layout: act is complete (dense mode), and down a matmul."""
-    down, n_embd = args + 8 * FFN.down, arg(args + 8 * FFN.decider, MATRIX.cols)
-    n_tasks = n_tasks_of(down)
-    while True:
-        task = take(control, 4, epoch, n_tasks)
-        if task < 0:
-            break
-        packs, size = arg(args, FFN.act_packs), arg(args, FFN.act_pack_bytes)
-        act, x = arg(args, FFN.act), arg(args, FFN.x)
-        matmul_task(down, task, n_tok, act, packs, size, x, n_embd, ADD, scratch)
-        finish(control, 4)
-    wait(control, 4, epoch, n_tasks)
-
-
 @job
 def ffn(args, control, epoch, thread):
-    """x [n_tok, n_embd] += FFN(h); counts what was read and what fired.
+    """x [n_embd] += FFN(h); counts what was read and what fired.
 
-    Phases: 0 list the predicted neurons (one token only), 1 decider, 2 list those that fired,
-    3 up and down by lanes (one token) or by tokens, 4 add the lanes up.
+    Phases: 0 list the predicted neurons, 1 decider, 2 list those that fired, 3 up and down by
+    lanes, 4 add the lanes up; or, in the standard layout of down, 4 pack act, 5 multiply.
     """
-    n_tok = np.int64(load_i32(arg(args, FFN.counts)))
     decider = args + 8 * FFN.decider
     n_ff, n_embd = arg(decider, MATRIX.rows), arg(decider, MATRIX.cols)
-    h, packs, size = arg(args, FFN.h), arg(args, FFN.packs), arg(args, FFN.pack_bytes)
-    act, mask, has_mask = arg(args, FFN.act), arg(args, FFN.mask), arg(args, FFN.has_mask)
+    act, mask, has_mask = arg(args, FFN.act), arg(args, FFN.mask), arg(args, FFN.has_mask) != 0
     rows, fired, active = arg(args, FFN.rows), arg(args, FFN.fired), arg(args, FFN.active)
     n_rows_at, n_active_at = arg(args, FFN.n_rows), arg(args, FFN.n_active)
-    kind, is_dense = arg(args, FFN.activation), arg(args, FFN.is_dense)
+    kind, is_dense = arg(args, FFN.activation), arg(args, FFN.is_dense) != 0
     threshold = load_f32(arg(args, FFN.threshold))
     scratch = arg(args, FFN.scratch) + thread * arg(args, FFN.scratch_bytes)
-    x = arg(args, FFN.x)
+    n_threads, x = arg(args, FFN.n_threads), arg(args, FFN.x)
 
-    # A list is worth making only for one token: for many, nearly every row serves one of them.
-    use_list = has_mask != 0 and n_tok == 1
+    n_tasks = 1 if has_mask else 0
     while True:
-        task = take(control, 0, epoch, 1 if use_list else 0)
+        task = take(control, 0, epoch, n_tasks)
         if task < 0:
             break
         n = 0
         for row in range(n_ff):
             store_i32(rows + 4 * n, np.int32(row))
+            store_u8(fired + row, np.uint8(0))
             n += np.int64(load_u8(mask + row))
         store_i32(n_rows_at, np.int32(n))
         finish(control, 0)
-    if not wait(control, 0, epoch, 1 if use_list else 0):
+    if not wait(control, 0, epoch, n_tasks):
         return
-    n_rows = np.int64(load_i32(n_rows_at)) if use_list else n_ff
+    n_rows = np.int64(load_i32(n_rows_at)) if has_mask else n_ff
 
-    n_tasks = (n_rows + ROWS - 1) // ROWS
+    size = rows_per_task(n_rows, n_embd, n_threads, 1)
+    n_tasks = (n_rows + size - 1) // size
     while True:
         task = take(control, 1, epoch, n_tasks)
         if task < 0:
             break
-        first, count = task * ROWS, min(ROWS, n_rows - task * ROWS)
-        for t in range(n_tok):
-            listed, n = np.int64(0), count
-            if use_list:
-                listed = rows + 4 * first
-            elif has_mask != 0:
-                listed, n = scratch + LIST, 0
-                for row in range(first, first + count):
-                    store_i32(listed + 4 * n, np.int32(row))
-                    store_u8(fired + t * n_ff + row, np.uint8(0))
-                    n += np.int64(load_u8(mask + t * n_ff + row))
+        for first in range(task * size, min(task * size + size, n_rows), ROWS):
             _decide(
                 decider,
-                0 if has_mask != 0 else first,
-                listed,
-                n,
-                h + t * n_embd * 4,
-                packs + t * size,
+                0 if has_mask else first,
+                rows + 4 * first if has_mask else 0,
+                min(ROWS, n_rows - first),
+                arg(args, FFN.h),
+                arg(args, FFN.packs),
                 kind,
                 threshold,
-                act + 4 * t * n_ff,
-                fired + t * n_ff,
+                act,
+                fired,
                 scratch,
             )
         finish(control, 1)
@@ -263,45 +226,43 @@ def ffn(args, control, epoch, thread):
         return
 
     while True:
-        t = take(control, 2, epoch, n_tok)
-        if t < 0:
+        task = take(control, 2, epoch, 1)
+        if task < 0:
             break
-        n, n_up, n_read = 0, 0, n_rows
+        n, n_up = 0, 0
         for i in range(n_rows):
-            row = np.int64(load_i32(rows + 4 * i)) if use_list else i
-            flag = np.int64(load_u8(fired + t * n_ff + row) != 0)
-            store_i32(active + 4 * (t * n_ff + n), np.int32(row))
+            row = np.int64(load_i32(rows + 4 * i)) if has_mask else i
+            flag = np.int64(load_u8(fired + row) != 0)
+            store_i32(active + 4 * n, np.int32(row))
             n_up += flag
-            n += 1 if is_dense != 0 else flag
-        if has_mask != 0 and not use_list:
-            n_read = np.int64(0)
-            for row in range(n_ff):
-                n_read += np.int64(load_u8(mask + t * n_ff + row))
-        store_i32(n_active_at + 4 * t, np.int32(n))
+            n += 1 if is_dense else flag
+        store_i32(n_active_at, np.int32(n))
         totals = arg(args, FFN.totals)
         atomic_add(totals, 1)
-        atomic_add(totals + 8, n_read)
+        atomic_add(totals + 8, n_rows)
         atomic_add(totals + 16, n_up)
         finish(control, 2)
-    if not wait(control, 2, epoch, n_tok):
+    if not wait(control, 2, epoch, 1):
         return
 
-    if n_tok > 1 or arg(args, FFN.is_transposed) == 0:
-        _by_tokens(args, control, epoch, n_tok, scratch)
-        if arg(args, FFN.is_transposed) == 0:
-            _standard_down(args, control, epoch, n_tok, scratch)
-        return
-
-    down_bias = arg(args, FFN.down_bias)
     lanes, n_active = arg(args, FFN.lanes), np.int64(load_i32(n_active_at))
     while True:
         lane = take(control, 3, epoch, LANES)
         if lane < 0:
             break
-        _lane(args, 0, n_active, lane, lanes + lane * n_embd * 4, scratch)
+        _lane(args, n_active, lane, lanes + lane * n_embd * 4, scratch)
         finish(control, 3)
     if not wait(control, 3, epoch, LANES):
         return
+
+    if arg(args, FFN.is_transposed) == 0:
+        while take(control, 4, epoch, 1) >= 0:
+            pack_act(args, 0)
+            finish(control, 4)
+        if wait(control, 4, epoch, 1):
+            standard_down(args, control, epoch, scratch)
+        return
+    down_bias = arg(args, FFN.down_bias)
     n_tasks = (n_embd + COLUMNS - 1) // COLUMNS
     while True:
         task = take(control, 4, epoch, n_tasks)
@@ -309,12 +270,38 @@ def ffn(args, control, epoch, thread):
             break
         first, last = task * COLUMNS, min((task + 1) * COLUMNS, n_embd)
         for lane in range(1, LANES):
-            _add_to(lanes, lanes + lane * n_embd * 4, first, last)
+            add_to(lanes, lanes + lane * n_embd * 4, first, last)
         if down_bias != 0:
-            _add_to(lanes, down_bias, first, last)
-        _add_to(x, lanes, first, last)
+            add_to(lanes, down_bias, first, last)
+        add_to(x, lanes, first, last)
         finish(control, 4)
     wait(control, 4, epoch, n_tasks)
+
+
+@inline
+def pack_act(args, t):
+    """Pack act of one token, for the layout of dense files."""
+    n_ff = arg(args + 8 * FFN.decider, MATRIX.rows)
+    packs, act = arg(args, FFN.act_packs), arg(args, FFN.act)
+    if n_ff % 32 == 0:
+        pack(act + 4 * t * n_ff, n_ff, packs + t * pack_stride(n_ff), arg(args, FFN.ones))
+
+
+@inline
+def standard_down(args, control, epoch, scratch):
+    """x += down . act for the layout of dense files: phase 5."""
+    n_tok = np.int64(load_i32(arg(args, FFN.counts)))
+    down, n_threads = args + 8 * FFN.down, arg(args, FFN.n_threads)
+    n_embd, act = arg(down, MATRIX.rows), arg(args, FFN.act)
+    packs, x = arg(args, FFN.act_packs), arg(args, FFN.x)
+    n_tasks = n_tasks_of(down, n_threads, n_tok)
+    while True:
+        task = take(control, 5, epoch, n_tasks)
+        if task < 0:
+            break
+        matmul_task(down, task, n_threads, n_tok, act, packs, x, n_embd, ADD, scratch)
+        finish(control, 5)
+    wait(control, 5, epoch, n_tasks)
 
 
 @job
@@ -324,22 +311,25 @@ def audit(args, control, epoch, thread):
     decider, up = args + 8 * AUDIT.decider, args + 8 * AUDIT.up
     n_ff, n_embd = arg(decider, MATRIX.rows), arg(decider, MATRIX.cols)
     h = arg(args, AUDIT.h) + t * n_embd * 4
-    packed = arg(args, AUDIT.packs) + t * arg(args, AUDIT.pack_bytes)
+    packed = arg(args, AUDIT.packs) + t * pack_stride(n_embd)
     threshold, kind = load_f32(arg(args, AUDIT.threshold)), arg(args, AUDIT.activation)
     act, truth = arg(args, AUDIT.act), arg(args, AUDIT.truth)
     scratch = arg(args, AUDIT.scratch) + thread * arg(args, AUDIT.scratch_bytes)
-    n_tasks = n_tasks_of(decider)
+    n_threads = arg(args, AUDIT.n_threads)
+    n_tasks = n_tasks_of(decider, n_threads, 1)
+    size = rows_per_task(n_ff, n_embd, n_threads, 1)
     while True:
         task = take(control, 0, epoch, n_tasks)
         if task < 0:
             break
-        first, count = task * ROWS, min(ROWS, n_ff - task * ROWS)
-        _decide(decider, first, 0, count, h, packed, kind, threshold, act, truth, scratch)
-        if kind == DRELU:
-            listed, n = scratch + LIST, 0
-            for row in range(first, first + count):
-                store_i32(listed + 4 * n, np.int32(row))
-                n += np.int64(load_u8(truth + row) != 0)
-            _multiply(up, listed, n, h, packed, kind, act, truth, scratch)
+        for first in range(task * size, min(task * size + size, n_ff), ROWS):
+            count = min(ROWS, n_ff - first)
+            _decide(decider, first, 0, count, h, packed, kind, threshold, act, truth, scratch)
+            if kind == DRELU:
+                listed, n = scratch + LIST, 0
+                for row in range(first, first + count):
+                    store_i32(listed + 4 * n, np.int32(row))
+                    n += np.int64(load_u8(truth + row) != 0)
+                _multiply(up, listed, n, h, packed, kind, act, truth, scratch)
         finish(control, 0)
     wait(control, 0, epoch, n_tasks)

@@ -6,6 +6,8 @@ inside LLVM.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import platform
 import sys
 
@@ -15,6 +17,7 @@ from numba.core import config
 from ..errors import RequestError
 
 _NEEDS = {
+    "amx": ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "amx-tile", "amx-int8"),
     "avx512vnni": ("avx512f", "avx512bw", "avx512vl", "avx512vnni"),
     "avx2": ("avx2", "fma", "f16c"),
     "generic": (),
@@ -28,20 +31,35 @@ def available() -> list[str]:
     if config.CPU_NAME or config.CPU_FEATURES:  # the user told numba to target something else
         return ["generic"]
     has = llvmlite.binding.get_host_cpu_features()
-    return [name for name, needs in _NEEDS.items() if all(has.get(f) for f in needs)]
+    names = [name for name, needs in _NEEDS.items() if all(has.get(f) for f in needs)]
+    return [name for name in names if name != "amx" or _may_use_tiles()]
+
+
+@functools.cache
+def _may_use_tiles() -> bool:
+    """Ask Linux for AMX's tile registers: threads have no room for them before.
+
+    Source: Documentation/arch/x86/xstate.rst (ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA).
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        return int(ctypes.CDLL(None).syscall(158, 0x1023, 18)) == 0
+    except (OSError, AttributeError):
+        return False
 
 
 def _set(name: str) -> None:
-    global ISA, Q8_BIAS, HAS_HALF
-    ISA = name
+    global ISA, HAS_AMX, HAS_VNNI, Q8_BIAS, HAS_HALF
+    ISA, HAS_AMX, HAS_VNNI = name, name == "amx", name in ("amx", "avx512vnni")
     # vpdpbusd multiplies unsigned by signed bytes: signed weights are shifted by 128 there, and
     # the accumulator starts at -128 * sum(x). The other paths multiply signed bytes as they are.
-    Q8_BIAS = 128 if name == "avx512vnni" else 0
+    Q8_BIAS = 128 if HAS_VNNI else 0
     # Without instructions for it LLVM would call a helper that the process does not have.
     HAS_HALF = name != "generic" or platform.machine().lower() in ("arm64", "aarch64")
 
 
-ISA, Q8_BIAS, HAS_HALF = "", 0, False
+ISA, HAS_AMX, HAS_VNNI, Q8_BIAS, HAS_HALF = "", False, False, 0, False
 _set(available()[0])
 
 
@@ -53,5 +71,6 @@ def use(name: str) -> None:
         raise RequestError(f"this CPU cannot run {name}; it can run {', '.join(available())}")
     if f"{__package__}.simd" in sys.modules:
         raise RequestError(f"this process has made kernels for {ISA} already, not for {name}")
-    config.CPU_NAME, config.CPU_FEATURES = _CPU_NAMES[name], ""
+    if name in _CPU_NAMES:
+        config.CPU_NAME, config.CPU_FEATURES = _CPU_NAMES[name], ""
     _set(name)

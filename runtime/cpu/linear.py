@@ -6,12 +6,31 @@ import numpy as np
 
 from .block import MATRIX, NORM, layout
 from .elementwise import normalise
+from .gemm import panel_bytes, panel_size
 from .jit import arg, inline, job
 from .pool import finish, take, wait
-from .rows import SCRATCH, SLACK, fill_zero, pack
-from .simd import call_axpys, call_dots, load_f32, load_i32, store_f32, store_u8
+from .rows import SCRATCH, SLACK, pack, pack_stride
+from .simd import (
+    add,
+    call_dots,
+    call_rows,
+    call_unpack,
+    fma,
+    fma1,
+    load_f32,
+    load_f32x16,
+    load_i32,
+    splat,
+    store_at_least,
+    store_f32,
+    store_f32x16,
+    store_u8,
+)
 
-ROWS = 16  # rows of a matrix in one task
+ROWS = 16  # rows of a matrix that are taken at a time
+GROUP = 32  # tokens that are multiplied with some panels before the next ones are
+_TASKS = 8  # for each thread, that a matrix is cut into
+_PANELS_BYTES = 512 << 10  # of panels at once: they stay in the second cache
 
 # A thread's scratch: the end of a row, what its rows came to, a list of rows, and from WORK on
 # whatever a job needs.
@@ -22,17 +41,43 @@ WORK = -(-(LIST + 4 * (ROWS + SLACK)) // 64) * 64
 STORE, ADD = 0, 1
 
 
+def scratch_bytes(n: int, n_tok: int) -> int:
+    """Return the scratch that products with rows of n weights need for n_tok tokens."""
+    if n_tok == 1:
+        return WORK
+    return int(WORK + panels_of.py_func(n) * panel_bytes(n) + 68 * GROUP)
+
+
 @inline
-def n_tasks_of(matrix):
+def panels_of(n):
+    """Return how many panels of rows of n weights are unpacked at once."""
+    return min(max(_PANELS_BYTES // panel_size(n), 1), 8)
+
+
+@inline
+def rows_per_task(n_rows, n, n_threads, n_tok):
+    """Return how many of n_rows rows of n weights make a task, a multiple of ROWS.
+
+    Long runs, because what is prefetched behind the end of one is read by another thread; but
+    enough of them that no thread waits long for the last.
+    """
+    most = 16 if n_tok == 1 else panels_of(n)
+    return min(max(n_rows // (_TASKS * n_threads * ROWS), 1), most) * ROWS
+
+
+@inline
+def n_tasks_of(matrix, n_threads, n_tok):
     """Return the number of tasks that a matrix's rows are cut into."""
-    return (arg(matrix, MATRIX.rows) + ROWS - 1) // ROWS
+    rows = arg(matrix, MATRIX.rows)
+    size = rows_per_task(rows, arg(matrix, MATRIX.cols), n_threads, n_tok)
+    return (rows + size - 1) // size
 
 
 @inline
 def row_dots(matrix, first, rows, count, x, packed, scratch):
     """Return where float32 [count] lie: rows of a matrix times one token's x, plus their biases.
 
-    `rows`: the address of a list of row numbers, or 0 for the rows from `first` on.
+    `rows`: the address of a list of row numbers, or 0 for the rows from `first` on; at most ROWS.
     """
     out, row_bytes = scratch + SUMS, arg(matrix, MATRIX.row_bytes)
     call_dots(
@@ -56,35 +101,114 @@ def row_dots(matrix, first, rows, count, x, packed, scratch):
 
 
 @inline
-def matmul_task(matrix, task, n_tok, x, packs, pack_bytes, y, y_cols, how, scratch):
-    """y [n_tok, y_cols] = or += x [n_tok, cols] @ matrix [rows, cols]^T + bias, for ROWS rows.
+def unpack_panels(matrix, first, rows, count, scratch):
+    """Unpack rows of a matrix, listed, or from `first` on, into panels for panel_dots."""
+    n, row_bytes = arg(matrix, MATRIX.cols), arg(matrix, MATRIX.row_bytes)
+    for i in range(0, count, ROWS):
+        call_unpack(
+            arg(matrix, MATRIX.unpack),
+            arg(matrix, MATRIX.data) + (0 if rows != 0 else (first + i) * row_bytes),
+            row_bytes,
+            n,
+            rows + 4 * i if rows != 0 else 0,
+            min(ROWS, count - i),
+            scratch + WORK + i // ROWS * panel_size(n),
+        )
 
-    x float32; `packs`: the same activations packed, `pack_bytes` a token. Reads the rows from
-    memory once: they stay in the cache from token to token.
+
+@inline
+def panel_dots(matrix, panel, first, rows, count, x, packs, tokens, n_tok, scratch):
+    """Return where float32 [n_tok, ROWS] lie: an unpacked panel times tokens, plus biases.
+
+    `first`, `rows`, `count`: the rows of the panel. `tokens`: the address of a list of token
+    numbers, or 0 for the first n_tok of x; at most GROUP.
     """
-    cols, first = arg(matrix, MATRIX.cols), task * ROWS
-    count = min(ROWS, arg(matrix, MATRIX.rows) - first)
-    for t in range(n_tok):
-        out = row_dots(matrix, first, 0, count, x + t * cols * 4, packs + t * pack_bytes, scratch)
-        at = y + 4 * (t * y_cols + first)
+    n = arg(matrix, MATRIX.cols)
+    out = scratch + WORK + panels_of(n) * panel_size(n)
+    call_rows(
+        arg(matrix, MATRIX.multiply),
+        scratch + WORK + panel * panel_size(n),
+        n,
+        x,
+        packs,
+        tokens,
+        n_tok,
+        out,
+    )
+    bias = arg(matrix, MATRIX.bias)
+    if bias != 0:
         for i in range(count):
-            value = load_f32(out + 4 * i)
-            if how == ADD:
-                value += load_f32(at + 4 * i)
-            store_f32(at + 4 * i, value)
+            row = np.int64(load_i32(rows + 4 * i)) if rows != 0 else first + i
+            value = load_f32(bias + 4 * row)
+            for t in range(n_tok):
+                at = out + 64 * t + 4 * i
+                store_f32(at, load_f32(at) + value)
+    return out
+
+
+@inline
+def token_list(n, scratch):
+    """Return where a list of up to GROUP tokens may lie, for a matrix of rows of n weights."""
+    return scratch + WORK + panels_of(n) * panel_size(n) + 64 * GROUP
+
+
+@inline
+def products(matrix, panel, first, count, t, n_tok, n_all, x, packs, scratch):
+    """Return where float32 [n_tok, ROWS] lie: rows from `first` on times n_tok tokens from t on.
+
+    Of n_all tokens in all; if that is more than one, `panel` is the unpacked one.
+    """
+    n = arg(matrix, MATRIX.cols)
+    if n_all == 1:
+        return row_dots(matrix, first, 0, count, x, packs, scratch)
+    at, pack_at = x + 4 * n * t, packs + pack_stride(n) * t
+    return panel_dots(matrix, panel, first, 0, count, at, pack_at, 0, n_tok, scratch)
+
+
+@inline
+def matmul_task(matrix, task, n_threads, n_tok, x, packs, y, y_cols, how, scratch):
+    """y [n_tok, y_cols] = or += x [n_tok, cols] @ matrix [rows, cols]^T + bias, for a task's rows.
+
+    x float32; `packs`: the same activations packed.
+    """
+    n_rows = arg(matrix, MATRIX.rows)
+    size = rows_per_task(n_rows, arg(matrix, MATRIX.cols), n_threads, n_tok)
+    start = task * size
+    end = min(start + size, n_rows)
+    if n_tok > 1:
+        unpack_panels(matrix, start, 0, end - start, scratch)
+    for group in range(0, n_tok, GROUP):
+        n_group = min(GROUP, n_tok - group)
+        for first in range(start, end, ROWS):
+            count, panel = min(ROWS, end - first), (first - start) // ROWS
+            out = products(matrix, panel, first, count, group, n_group, n_tok, x, packs, scratch)
+            for t in range(n_group):
+                at, source = y + 4 * ((group + t) * y_cols + first), out + 64 * t
+                if count == ROWS:
+                    values = load_f32x16(source)
+                    if how == ADD:
+                        values = add(values, load_f32x16(at))
+                    store_f32x16(at, values)
+                else:
+                    for i in range(count):
+                        value = load_f32(source + 4 * i)
+                        if how == ADD:
+                            value += load_f32(at + 4 * i)
+                        store_f32(at + 4 * i, value)
 
 
 # -- embed ------------------------------------------------------------------------------------
 
-EMBED = layout("counts tokens positions offset x one embd:MATRIX table:MATRIX")
+EMBED = layout(
+    "counts tokens positions offset x scratch scratch_bytes n_threads embd:MATRIX table:MATRIX"
+)
 
 
 @inline
-def _add_row(matrix, row, n, one, x):
+def _widen_row(matrix, row, n, out):
     size = arg(matrix, MATRIX.row_bytes)
-    call_axpys(
-        arg(matrix, MATRIX.axpys), arg(matrix, MATRIX.data) + row * size, size, n, 0, 1, one, x
-    )
+    data = arg(matrix, MATRIX.data) + row * size
+    call_rows(arg(matrix, MATRIX.widen), data, size, n, 0, 1, out, 0)
 
 
 @job
@@ -93,19 +217,68 @@ def embed(args, control, epoch, thread):
     n_tok = load_i32(arg(args, EMBED.counts))
     embd, table = args + 8 * EMBED.embd, args + 8 * EMBED.table
     n = arg(embd, MATRIX.cols)
+    position_row = arg(args, EMBED.scratch) + thread * arg(args, EMBED.scratch_bytes) + WORK
     while True:
         t = take(control, 0, epoch, n_tok)
         if t < 0:
             break
         x = arg(args, EMBED.x) + t * n * 4
-        row = np.int64(load_i32(arg(args, EMBED.tokens) + 4 * t))
-        fill_zero(x, n)
-        _add_row(embd, row, n, arg(args, EMBED.one), x)
+        _widen_row(embd, np.int64(load_i32(arg(args, EMBED.tokens) + 4 * t)), n, x)
         if arg(table, MATRIX.data) != 0:
             position = np.int64(load_i32(arg(args, EMBED.positions) + 4 * t))
-            _add_row(table, position + arg(args, EMBED.offset), n, arg(args, EMBED.one), x)
+            _widen_row(table, position + arg(args, EMBED.offset), n, position_row)
+            add_to(x, position_row, 0, n)
         finish(control, 0)
     wait(control, 0, epoch, n_tok)
+
+
+@inline
+def add_to(y, x, first, last):
+    """y [first:last] += x [first:last], in float32."""
+    end = first + (last - first) // 16 * 16
+    for i in range(first, end, 16):
+        store_f32x16(y + 4 * i, add(load_f32x16(y + 4 * i), load_f32x16(x + 4 * i)))
+    for i in range(end, last):
+        store_f32(y + 4 * i, load_f32(y + 4 * i) + load_f32(x + 4 * i))
+
+
+@inline
+def _number(numbers, i):
+    return np.int64(load_i32(numbers + 4 * i)) if numbers != 0 else i
+
+
+@inline
+def add_rows(y, width, piece, numbers, values, count):
+    """y [width] += sum of values [count] * float32 rows [width], by numbers (0: in order)."""
+    stride, column = 4 * width, 0
+    while column + 64 <= width:  # 4 vectors at a time: wider pieces were slower to read
+        at, w = y + 4 * column, piece + 4 * column
+        a, b = load_f32x16(at), load_f32x16(at + 64)
+        c, d = load_f32x16(at + 128), load_f32x16(at + 192)
+        for i in range(count):
+            v = splat(load_f32(values + 4 * i))
+            r = w + _number(numbers, i) * stride
+            a, b = fma(v, load_f32x16(r), a), fma(v, load_f32x16(r + 64), b)
+            c, d = fma(v, load_f32x16(r + 128), c), fma(v, load_f32x16(r + 192), d)
+        store_f32x16(at, a)
+        store_f32x16(at + 64, b)
+        store_f32x16(at + 128, c)
+        store_f32x16(at + 192, d)
+        column += 64
+    while column + 16 <= width:
+        total = load_f32x16(y + 4 * column)
+        for i in range(count):
+            r = piece + 4 * column + _number(numbers, i) * stride
+            total = fma(splat(load_f32(values + 4 * i)), load_f32x16(r), total)
+        store_f32x16(y + 4 * column, total)
+        column += 16
+    while column < width:
+        one = load_f32(y + 4 * column)
+        for i in range(count):
+            r = piece + 4 * column + _number(numbers, i) * stride
+            one = fma1(load_f32(values + 4 * i), load_f32(r), one)
+        store_f32(y + 4 * column, one)
+        column += 1
 
 
 # -- norm of some tokens, packed --------------------------------------------------------------
@@ -127,7 +300,7 @@ def norm_task(norm, x, n, h, packed, ones):
         pack(h, n, packed, ones)
 
 
-FFN_NORM = layout("counts x norm:NORM n_embd h packs pack_bytes ones")
+FFN_NORM = layout("counts x norm:NORM n_embd h packs ones")
 
 
 @job
@@ -144,7 +317,7 @@ def ffn_norm(args, control, epoch, thread):
             arg(args, FFN_NORM.x) + t * n * 4,
             n,
             arg(args, FFN_NORM.h) + t * n * 4,
-            arg(args, FFN_NORM.packs) + t * arg(args, FFN_NORM.pack_bytes),
+            arg(args, FFN_NORM.packs) + t * pack_stride(n),
             arg(args, FFN_NORM.ones),
         )
         finish(control, 0)
@@ -153,33 +326,34 @@ def ffn_norm(args, control, epoch, thread):
 
 # -- x += a @ wo ------------------------------------------------------------------------------
 
-OUT = layout("counts a packs pack_bytes ones x scratch scratch_bytes wo:MATRIX")
+OUT = layout("counts a packs ones x scratch scratch_bytes n_threads wo:MATRIX")
 
 
 @job
 def out_add(args, control, epoch, thread):
     """x [n_tok, n_embd] += a [n_tok, n_head * head_dim] @ wo^T + bias."""
-    n_tok = load_i32(arg(args, OUT.counts))
+    n_tok = np.int64(load_i32(arg(args, OUT.counts)))
     wo = args + 8 * OUT.wo
-    cols, size = arg(wo, MATRIX.cols), arg(args, OUT.pack_bytes)
+    cols, rows = arg(wo, MATRIX.cols), arg(wo, MATRIX.rows)
     a, packs = arg(args, OUT.a), arg(args, OUT.packs)
     while True:
         t = take(control, 0, epoch, n_tok)
         if t < 0:
             break
         if cols % 32 == 0:
-            pack(a + t * cols * 4, cols, packs + t * size, arg(args, OUT.ones))
+            pack(a + t * cols * 4, cols, packs + t * pack_stride(cols), arg(args, OUT.ones))
         finish(control, 0)
     if not wait(control, 0, epoch, n_tok):
         return
     scratch = arg(args, OUT.scratch) + thread * arg(args, OUT.scratch_bytes)
-    n_tasks = n_tasks_of(wo)
+    n_threads = arg(args, OUT.n_threads)
+    n_tasks = n_tasks_of(wo, n_threads, n_tok)
     while True:
         task = take(control, 1, epoch, n_tasks)
         if task < 0:
             break
-        rows = arg(wo, MATRIX.rows)
-        matmul_task(wo, task, n_tok, a, packs, size, arg(args, OUT.x), rows, ADD, scratch)
+        x = arg(args, OUT.x)
+        matmul_task(wo, task, n_threads, n_tok, a, packs, x, rows, ADD, scratch)
         finish(control, 1)
     wait(control, 1, epoch, n_tasks)
 
@@ -187,8 +361,8 @@ def out_add(args, control, epoch, thread):
 # -- predictor --------------------------------------------------------------------------------
 
 PREDICT = layout(
-    "counts rows x packs pack_bytes is_packed ones hidden hidden_packs hidden_pack_bytes scores "
-    "mask thresholds n_layer scratch scratch_bytes fc1:MATRIX fc2:MATRIX"
+    "counts rows x packs is_packed ones hidden hidden_packs scores mask thresholds n_layer "
+    "scratch scratch_bytes n_threads fc1:MATRIX fc2:MATRIX"
 )
 
 
@@ -198,33 +372,30 @@ def predict(args, control, epoch, thread):
 
     Reads fc1 [rank, n_embd] and fc2 [n_ff, rank] once.
     """
-    n_tok = load_i32(arg(args, PREDICT.counts))
+    n_tok = np.int64(load_i32(arg(args, PREDICT.counts)))
     fc1, fc2 = args + 8 * PREDICT.fc1, args + 8 * PREDICT.fc2
     n, rank = arg(fc1, MATRIX.cols), arg(fc1, MATRIX.rows)
-    x, hidden = arg(args, PREDICT.x), arg(args, PREDICT.hidden)
-    packs, size = arg(args, PREDICT.packs), arg(args, PREDICT.pack_bytes)
-    hidden_packs, hidden_size = (
-        arg(args, PREDICT.hidden_packs),
-        arg(args, PREDICT.hidden_pack_bytes),
-    )
+    x, packs, ones = arg(args, PREDICT.x), arg(args, PREDICT.packs), arg(args, PREDICT.ones)
+    hidden, hidden_packs = arg(args, PREDICT.hidden), arg(args, PREDICT.hidden_packs)
     scratch = arg(args, PREDICT.scratch) + thread * arg(args, PREDICT.scratch_bytes)
+    n_threads = arg(args, PREDICT.n_threads)
 
     n_pack = 0 if arg(args, PREDICT.is_packed) or n % 32 else n_tok
     while True:
         t = take(control, 0, epoch, n_pack)
         if t < 0:
             break
-        pack(x + t * n * 4, n, packs + t * size, arg(args, PREDICT.ones))
+        pack(x + t * n * 4, n, packs + t * pack_stride(n), ones)
         finish(control, 0)
     if not wait(control, 0, epoch, n_pack):
         return
 
-    n_tasks = n_tasks_of(fc1)
+    n_tasks = n_tasks_of(fc1, n_threads, n_tok)
     while True:
         task = take(control, 1, epoch, n_tasks)
         if task < 0:
             break
-        matmul_task(fc1, task, n_tok, x, packs, size, hidden, rank, STORE, scratch)
+        matmul_task(fc1, task, n_threads, n_tok, x, packs, hidden, rank, STORE, scratch)
         finish(control, 1)
     if not wait(control, 1, epoch, n_tasks):
         return
@@ -237,30 +408,51 @@ def predict(args, control, epoch, thread):
         for i in range(rank):
             store_f32(row + 4 * i, max(load_f32(row + 4 * i), np.float32(0)))
         if rank % 32 == 0:
-            pack(row, rank, hidden_packs + t * hidden_size, arg(args, PREDICT.ones))
+            pack(row, rank, hidden_packs + t * pack_stride(rank), ones)
         finish(control, 2)
     if not wait(control, 2, epoch, n_tok):
         return
 
-    n_tasks = n_tasks_of(fc2)
     # One threshold for each sequence, in rows of one for each layer; ours is the first.
     thresholds, stride = arg(args, PREDICT.thresholds), 4 * arg(args, PREDICT.n_layer)
-    n_ff = arg(fc2, MATRIX.rows)
+    n_ff, scores, mask = arg(fc2, MATRIX.rows), arg(args, PREDICT.scores), arg(args, PREDICT.mask)
+    n_tasks, size = n_tasks_of(fc2, n_threads, n_tok), rows_per_task(n_ff, rank, n_threads, n_tok)
     while True:
         task = take(control, 3, epoch, n_tasks)
         if task < 0:
             break
-        first = task * ROWS
-        count = min(ROWS, n_ff - first)
-        for t in range(n_tok):
-            packed = hidden_packs + t * hidden_size
-            out = row_dots(fc2, first, 0, count, hidden + t * rank * 4, packed, scratch)
-            sequence = np.int64(load_i32(arg(args, PREDICT.rows) + 4 * t))
-            threshold = load_f32(thresholds + sequence * stride)
-            for i in range(count):
-                score, at = load_f32(out + 4 * i), t * n_ff + first + i
-                store_f32(arg(args, PREDICT.scores) + 4 * at, score)
-                store_u8(arg(args, PREDICT.mask) + at, np.uint8(score >= threshold))
+        start, end = task * size, min(task * size + size, n_ff)
+        if n_tok > 1:
+            unpack_panels(fc2, start, 0, end - start, scratch)
+        for group in range(0, n_tok, GROUP):
+            n_group = min(GROUP, n_tok - group)
+            for first in range(start, end, ROWS):
+                count, panel = min(ROWS, end - first), (first - start) // ROWS
+                out = products(
+                    fc2,
+                    panel,
+                    first,
+                    count,
+                    group,
+                    n_group,
+                    n_tok,
+                    hidden,
+                    hidden_packs,
+                    scratch,
+                )
+                for t in range(group, group + n_group):
+                    sequence = np.int64(load_i32(arg(args, PREDICT.rows) + 4 * t))
+                    threshold = load_f32(thresholds + sequence * stride)
+                    source, at = out + 64 * (t - group), t * n_ff + first
+                    if count == ROWS:
+                        score = load_f32x16(source)
+                        store_f32x16(scores + 4 * at, score)
+                        store_at_least(mask + at, score, splat(threshold))
+                    else:
+                        for i in range(count):
+                            one = load_f32(source + 4 * i)
+                            store_f32(scores + 4 * (at + i), one)
+                            store_u8(mask + at + i, np.uint8(one >= threshold))
         finish(control, 3)
     wait(control, 3, epoch, n_tasks)
 
@@ -268,7 +460,7 @@ def predict(args, control, epoch, thread):
 # -- head -------------------------------------------------------------------------------------
 
 HEAD = layout(
-    "counts outputs x norm:NORM n_embd h packs pack_bytes ones logits scratch scratch_bytes "
+    "counts outputs x norm:NORM n_embd h packs ones logits scratch scratch_bytes n_threads "
     "output:MATRIX"
 )
 
@@ -276,9 +468,9 @@ HEAD = layout(
 @job
 def head(args, control, epoch, thread):
     """logits [n_out, n_vocab] = norm of x of the wanted tokens @ output^T."""
-    n_out = load_i32(arg(args, HEAD.counts) + 4)
+    n_out = np.int64(load_i32(arg(args, HEAD.counts) + 4))
     n = arg(args, HEAD.n_embd)
-    h, packs, size = arg(args, HEAD.h), arg(args, HEAD.packs), arg(args, HEAD.pack_bytes)
+    h, packs = arg(args, HEAD.h), arg(args, HEAD.packs)
     while True:
         i = take(control, 0, epoch, n_out)
         if i < 0:
@@ -289,7 +481,7 @@ def head(args, control, epoch, thread):
             arg(args, HEAD.x) + t * n * 4,
             n,
             h + i * n * 4,
-            packs + i * size,
+            packs + i * pack_stride(n),
             arg(args, HEAD.ones),
         )
         finish(control, 0)
@@ -297,14 +489,13 @@ def head(args, control, epoch, thread):
         return
     scratch = arg(args, HEAD.scratch) + thread * arg(args, HEAD.scratch_bytes)
     output = args + 8 * HEAD.output
-    n_tasks = n_tasks_of(output)
+    n_threads, rows = arg(args, HEAD.n_threads), arg(output, MATRIX.rows)
+    n_tasks = n_tasks_of(output, n_threads, n_out)
     while True:
         task = take(control, 1, epoch, n_tasks)
         if task < 0:
             break
-        rows = arg(output, MATRIX.rows)
-        matmul_task(
-            output, task, n_out, h, packs, size, arg(args, HEAD.logits), rows, STORE, scratch
-        )
+        logits = arg(args, HEAD.logits)
+        matmul_task(output, task, n_threads, n_out, h, packs, logits, rows, STORE, scratch)
         finish(control, 1)
     wait(control, 1, epoch, n_tasks)

@@ -9,13 +9,16 @@ import numpy as np
 
 from ..backend import Plan
 from ..config import POSITION_OFFSET
+from ..formats import BLOCK_SIZES
 from ..gguf import Tensor
-from . import attention, ffn, linear
-from .block import address, build, matrix
+from ..weights import Weights
+from . import attention, ffn, ffn_batch, linear
+from .block import PRODUCTS, SUMS, address, build, matrix
 from .elementwise import NORMS
+from .gemm import MULTIPLIES, UNPACKS
 from .jit import Kernel, load_kernels
-from .pool import Pool, physical_cores
-from .rows import AXPYS, DOTS, F16, F32, SLACK, pack_bytes
+from .pool import Pool, physical_cores, program
+from .rows import AXPYS, DOTS, F16, F32, SLACK, WIDENS, pack_bytes
 
 Block = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -30,6 +33,7 @@ _JOBS = (
     attention.attend,
     ffn.ffn,
     ffn.audit,
+    ffn_batch.ffn_batch,
 )
 
 
@@ -44,29 +48,35 @@ class CPU:
         threads: int | None = None,
         notify: Callable[[str], Any] = lambda _: None,
     ) -> None:
-        types = {t.type for t in plan.weights.matrices()}
-        formats = [kernel for t in sorted(types) for kernel in (DOTS[t], AXPYS[t])]
-        load_kernels([*_JOBS, *formats], notify)
+        kv_type = F16 if plan.cache.k.dtype == np.float16 else F32
+        load_kernels([*_JOBS, *_row_kernels(plan.weights, kv_type)], notify)
         self.pool = Pool(threads or physical_cores())
         self.plan = plan
         self._keep: list[np.ndarray] = []  # memory that blocks point to
+        self._captured: list[tuple[int, int]] | None = None
         c, w, b, step = plan.config, plan.weights, plan.buffers, plan.step
         n_tok, n_out = len(step.tokens), len(step.outputs)
         q_dim, kv_dim = c.n_head * c.head_dim, c.n_head_kv * c.head_dim
         rank = max((layer.fc1.rows for layer in w.layers if layer.fc1 is not None), default=0)
         standard_down = not w.is_transposed
 
-        # A thread's scratch: the end of a row, then scores of a context or two FFN accumulators.
+        # A thread's scratch: what products need, for the FFN with a list of tokens, or scores,
+        # or a row of the embedding, or a piece of down.
         # An odd number of cache lines, so that threads do not meet in the same cache sets.
-        context = len(plan.rope) + 16
-        scratch_bytes = -(-(linear.WORK + 4 * max(context, 2 * c.n_embd)) // 128) * 128 + 64
+        scratch_bytes = max(
+            *(linear.scratch_bytes(t.cols, max(n_tok, n_out)) for t in w.matrices()),
+            linear.WORK + attention.attend_bytes(c.n_head, c.n_head_kv, c.head_dim, n_tok),
+            linear.WORK + 4 * c.n_embd,
+            linear.WORK + (ffn_batch.down_bytes(n_tok) if n_tok > 1 else 0),
+        )
+        scratch_bytes = -(-scratch_bytes // 128) * 128 + 64
         scratch = {
             "scratch": self._bytes(self.pool.n_threads * scratch_bytes),
             "scratch_bytes": scratch_bytes,
+            "n_threads": self.pool.n_threads,
         }
         packed_embd = {
             "packs": self._bytes(max(n_tok, n_out) * pack_bytes(c.n_embd)),
-            "pack_bytes": pack_bytes(c.n_embd),
             "ones": self._keeping(np.ones(64, np.int8)),
         }
         residual_packs = self._bytes(n_tok * pack_bytes(c.n_embd))
@@ -86,7 +96,9 @@ class CPU:
             "pages_cols": step.pages.shape[1],
         }
         heads = {"n_head": c.n_head, "n_head_kv": c.n_head_kv, "head_dim": c.head_dim}
-        kv_type = F16 if plan.cache.k.dtype == np.float16 else F32
+        n_splits = -(-len(plan.rope) // attention.SPLIT)
+        size = len(step.pages) * c.n_head * n_splits * attention.partial_floats(c.head_dim)
+        partial = self._floats(size if n_splits > 1 else 0)
         attention_h = self._floats(n_tok, c.n_embd)
         k, v = self._floats(n_tok, kv_dim), self._floats(n_tok, kv_dim)
         a_packs = self._bytes(n_tok * pack_bytes(q_dim))
@@ -95,8 +107,10 @@ class CPU:
         act_packs = self._bytes(n_tok * pack_bytes(c.n_ff) if standard_down else 0)
         neurons = {
             "rows": self._ints(c.n_ff + SLACK),
-            "n_rows": self._ints(1),
+            "n_rows": self._ints(2),
             "fired": b.fired,
+            "any_fired": self._bytes(c.n_ff),
+            "place": self._ints(c.n_ff),
             "active": self._ints(n_tok * c.n_ff + SLACK),
             "values": self._floats(n_tok, c.n_ff),
             "n_active": self._ints(n_tok),
@@ -112,10 +126,10 @@ class CPU:
             tokens=step.tokens,
             positions=step.positions,
             offset=POSITION_OFFSET,
-            one=self._keeping(np.ones(1, np.float32)),
             x=b.x,
-            embd=matrix(w.embd),
-            table=matrix(w.positions),
+            embd=matrix(w.embd, use=SUMS),
+            table=matrix(w.positions, use=SUMS),
+            **scratch,
         )
         self._head = build(
             linear.HEAD,
@@ -164,6 +178,13 @@ class CPU:
                     q=b.q,
                     a=b.a,
                     scale=scale,
+                    partial=partial,
+                    n_splits_max=n_splits,
+                    dots=DOTS[kv_type].address,
+                    unpack=UNPACKS[kv_type].address,
+                    multiply=MULTIPLIES[kv_type].address,
+                    axpys=AXPYS[kv_type].address,
+                    widen=WIDENS[kv_type].address,
                     **where,
                     **heads,
                     **cache,
@@ -176,7 +197,6 @@ class CPU:
                     counts=step.counts,
                     a=b.a,
                     packs=a_packs,
-                    pack_bytes=pack_bytes(q_dim),
                     ones=packed_embd["ones"],
                     x=b.x,
                     wo=matrix(layer.wo, layer.bo),
@@ -201,12 +221,10 @@ class CPU:
                         rows=step.rows,
                         x=b.h if is_normed else b.x,
                         packs=packed_embd["packs"] if is_normed else residual_packs,
-                        pack_bytes=pack_bytes(c.n_embd),
                         is_packed=is_normed,  # by ffn_norm
                         ones=packed_embd["ones"],
                         hidden=hidden,
                         hidden_packs=hidden_packs,
-                        hidden_pack_bytes=pack_bytes(rank),
                         scores=b.scores,
                         mask=b.mask,
                         thresholds=step.thresholds[:, il:],
@@ -234,12 +252,14 @@ class CPU:
                     lanes=lanes,
                     totals=b.counts[il],
                     act_packs=act_packs,
-                    act_pack_bytes=pack_bytes(c.n_ff),
                     is_transposed=layer.down_t is not None,
                     decider=matrix(layer.decider, layer.decider_bias),
                     up=matrix(layer.up, layer.up_bias),
+                    width=max(ffn_batch.WIDTH, BLOCK_SIZES[down.type][0]),
                     # Its bias goes to the matmul in the standard layout only.
-                    down=matrix(down, layer.down_bias if layer.down_t is None else None),
+                    down=matrix(down, layer.down_bias, PRODUCTS)
+                    if layer.down_t is None
+                    else matrix(down, None, SUMS),
                     **packed_embd,
                     **neurons,
                     **scratch,
@@ -251,7 +271,6 @@ class CPU:
                     token=step.audit,
                     h=b.h,
                     packs=packed_embd["packs"],
-                    pack_bytes=packed_embd["pack_bytes"],
                     activation=ffn.ACTIVATIONS[c.activation],
                     threshold=activation_threshold,
                     act=audit_act,
@@ -279,7 +298,20 @@ class CPU:
         return self._bytes(4 * int(np.prod(shape))).view(np.int32).reshape(shape)
 
     def _run(self, job: Kernel, block: Block) -> None:
-        self.pool.run(job, block.ctypes.data)
+        call = (job.address, address(block))
+        if self._captured is None:
+            self.pool.run(program([call]))
+        else:
+            self._captured.append(call)
+
+    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        # Between two jobs of a token Python takes longer than its share: what it runs through has
+        # left the caches every time, weights having gone through them.
+        self._captured = calls = []
+        run()
+        self._captured = None
+        jobs = program(calls)
+        return lambda: self.pool.run(jobs)
 
     def embed(self) -> None:
         self._run(linear.embed, self._embed)
@@ -300,7 +332,8 @@ class CPU:
         self._run(linear.predict, self._predict[il])
 
     def ffn(self, il: int) -> None:
-        self._run(ffn.ffn, self._ffn[il])
+        is_one = self._captured is not None or self.plan.step.n_tok == 1
+        self._run(ffn.ffn if is_one else ffn_batch.ffn_batch, self._ffn[il])
 
     def audit(self, il: int) -> None:
         self._run(ffn.audit, self._audit[il])
@@ -310,3 +343,13 @@ class CPU:
 
     def close(self) -> None:
         self.pool.close()
+
+
+def _row_kernels(w: Weights, kv_type: int) -> list[Kernel]:
+    """Return the kernels of the formats in a model and its cache, for what is done with each."""
+    sums = [w.embd, w.positions, *(layer.down_t for layer in w.layers)]
+    summed = {int(t.type) for t in sums if t is not None} | {kv_type}
+    others = {id(t) for t in sums} - {id(w.output)}
+    multiplied = {int(t.type) for t in w.matrices() if id(t) not in others} | {kv_type}
+    tables = [*((t, SUMS) for t in sorted(summed)), *((t, PRODUCTS) for t in sorted(multiplied))]
+    return [table[t] for t, use in tables for table in use]

@@ -18,11 +18,12 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..errors import RequestError
-from .jit import Kernel, inline, nogil
+from .jit import inline, nogil
 from .simd import (
     atomic_add,
     atomic_load,
@@ -89,8 +90,8 @@ def _set_counters(control, epoch):
         atomic_store(counters + _LINE, epoch << 32)
 
 
-@nogil("int64(intp, intp, intp)")
-def _run(control, function, args):
+@inline
+def _publish(control, function, args):
     """Publish a job, work on it as thread 0, and return when it is done."""
     epoch = (load_i64(control + _LINE + 16) + 1) & _EPOCHS
     atomic_store(control, _BUSY)
@@ -104,7 +105,13 @@ def _run(control, function, args):
     # Close the counters before the caller changes what the job read: a worker that starts on it
     # only now must not find more tasks than there were.
     _set_counters(control, (epoch + 1) & _EPOCHS)
-    return epoch
+
+
+@nogil("void(intp, intp, int64)")
+def _run(control, program, n):
+    """Run n jobs, one after the other; `program`: the addresses of each and of its block."""
+    for i in range(n):
+        _publish(control, load_i64(program + 16 * i), load_i64(program + 16 * i + 8))
 
 
 @nogil("int64(intp, intp, intp)")
@@ -173,8 +180,17 @@ def _wake(shared: _Shared) -> None:
         shared.condition.notify_all()
 
 
+Program = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+def program(jobs: Sequence[tuple[int, int]]) -> Program:
+    """Return jobs (the addresses of a Kernel and of its argument block) for Pool.run."""
+    return np.array(jobs, np.int64)
+
+
 def _stop(shared: _Shared, threads: list[threading.Thread]) -> None:
-    _run(shared.control, 0, 0)
+    end = program([(0, 0)])
+    _run(shared.control, end.ctypes.data, 1)
     _wake(shared)
     for thread in threads:
         thread.join(5.0)
@@ -207,8 +223,8 @@ class Pool:
             self._stopper()
             raise RequestError(f"the system does not allow {self.n_threads} threads") from None
 
-    def run(self, job: Kernel, args: int) -> None:
-        """Run a job on all threads; `args` is the address of its argument block."""
+    def run(self, jobs: Program) -> None:
+        """Run some jobs, one after the other, each on all threads."""
         with self._lock:
             if not self._stopper.alive:
                 raise RequestError("the engine is closed")
@@ -217,7 +233,7 @@ class Pool:
                 self._start()
             if self._shared.asleep:
                 _wake(self._shared)
-            _run(self._shared.control, job.address, args)
+            _run(self._shared.control, jobs.ctypes.data, len(jobs))
 
     def close(self) -> None:
         """End the threads, after the job that may be running; `run` raises RequestError then."""

@@ -9,6 +9,8 @@ in this order (all offsets are multiples of 64):
     q4       int8 [n_pad]        per 4 blocks: the first 16 of each, then the last 16 of each,
                                  as the nibbles of 4 Q4_0 blocks lie     for Q4_0 rows
     bias4    i32  [n_pad / 8]    -8 * (sum of the 8 that meet in one lane)
+    blocks   48 bytes [n_pad / 32]: q8 [32], scale, -8 * (sum of 32, of the first 16, of the last
+                                    16); all that gemm.py needs, in one place
 
 Rounding: DESIGN.md section 6 (int8 in blocks of 32, half to even), the same as
 formats.round_activations. Float formats read the activations as they are.
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..formats import COMPUTE_TYPES, SMALLEST_AMAX, GGMLType
+from ..formats import BLOCK_SIZES, COMPUTE_TYPES, SMALLEST_AMAX, GGMLType
 from .isa import Q8_BIAS
 from .jit import Kernel, inline
 from .simd import (
@@ -67,6 +69,7 @@ from .simd import (
     store_f32x16,
     store_i8x16,
     store_i32x16,
+    store_sums,
     store_u8,
     sub,
     sum16,
@@ -78,37 +81,38 @@ Q8_0, Q4_0 = int(GGMLType.Q8_0), int(GGMLType.Q4_0)
 Q4_1, Q5_0, Q5_1 = int(GGMLType.Q4_1), int(GGMLType.Q5_0), int(GGMLType.Q5_1)
 Q4_K, Q5_K, Q6_K = int(GGMLType.Q4_K), int(GGMLType.Q5_K), int(GGMLType.Q6_K)
 
-SLACK = 8  # numbers that may be read behind a list of rows
+BLOCK = 48  # bytes of one of a pack's blocks
+SLACK = 32  # numbers that may be read behind a list of rows
 AHEAD = 4096  # bytes between a read and its prefetch; by whole rows, so that lists of rows work
 SCRATCH = 128  # bytes of a thread's scratch that `dot` uses for the end of a row
 
 
-def padded(n: int) -> int:
-    """Return n rounded up to what the planes of a pack need."""
-    return -(-n // 512) * 512
-
-
-def pack_bytes(n: int) -> int:
-    """Return the bytes of one token's pack for rows of n."""
-    return padded(n) * 29 // 8
+@inline
+def planes(n):
+    """Return n_pad and the offsets of q8, bias8, q4, bias4, blocks in a pack."""
+    n_pad = (n + 511) // 512 * 512
+    q8 = n_pad // 8
+    return n_pad, q8, q8 + n_pad, q8 + 2 * n_pad, q8 + 3 * n_pad, q8 + 7 * n_pad // 2
 
 
 @inline
-def _planes(n):
-    """Return n_pad and the offsets of q8, bias8, q4, bias4 in a pack."""
-    n_pad = (n + 511) // 512 * 512
-    q8 = n_pad // 8
-    return n_pad, q8, q8 + n_pad, q8 + 2 * n_pad, q8 + 3 * n_pad
+def pack_stride(n):
+    """Return the bytes of one token's pack for rows of n."""
+    # A line more than the planes, so that the packs of a tile do not meet in the same cache sets.
+    return (n + 511) // 512 * 512 // 32 * (4 + 3 * 32 + 16 + BLOCK) + 64
+
+
+pack_bytes = pack_stride.py_func
 
 
 @inline
 def pack(x, n, out, ones):
     """Round float32 x [n] (n a multiple of 32) into its planes at `out`.
 
-    `ones`: address of 64 bytes of 1. Reads 4 n bytes, writes 3.6 n.
+    `ones`: address of 64 bytes of 1. Reads 4 n bytes, writes 5.1 n.
     """
-    n_pad, q8, bias8, q4, bias4 = _planes(n)
-    q8, bias8, q4, bias4 = out + q8, out + bias8, out + q4, out + bias4
+    n_pad, q8, bias8, q4, bias4, blocks = planes(n)
+    q8, bias8, q4, bias4, blocks = out + q8, out + bias8, out + q4, out + bias4, out + blocks
     zero = splat(np.float32(0))
     for block in range(n_pad // 32):
         low, high, scale = zero, zero, np.float32(0)
@@ -123,6 +127,9 @@ def pack(x, n, out, ones):
         store_f32(out + 4 * block, scale)
         store_i8x16(q8 + 32 * block, low)
         store_i8x16(q8 + 32 * block + 16, high)
+        store_f32(blocks + BLOCK * block + 32, scale)
+        store_i8x16(blocks + BLOCK * block, low)
+        store_i8x16(blocks + BLOCK * block + 16, high)
         group = q4 + block // 4 * 128 + block % 4 * 16
         store_i8x16(group, low)
         store_i8x16(group + 64, high)
@@ -131,6 +138,7 @@ def pack(x, n, out, ones):
     for i in range(n_pad // 64):
         sums = dot_nibbles(nothing, one, load_i8x64(q8 + 64 * i))
         store_i32x16(bias8 + 64 * i, scale_i32(sums, -32))
+        store_sums(scale_i32(sums, -8), blocks + 2 * BLOCK * i + 36, BLOCK)
     for i in range(n_pad // 128):
         sums = dot_nibbles(nothing, one, load_i8x64(q4 + 128 * i))
         sums = dot_nibbles(sums, one, load_i8x64(q4 + 128 * i + 64))
@@ -157,7 +165,7 @@ def _dot_blocks(type_, w, n, x, scratch, ahead):
     Q4_0: sum over blocks of d * s * (sum of q4 * q8 - 8 * sum of q8), n / 32 * 18 bytes read;
     Q8_0: sum over blocks of d * s * (sum of q8 * q8), n / 32 * 34 bytes.
     """
-    _, q8, bias8, q4, bias4 = _planes(n)
+    _, q8, bias8, q4, bias4, _ = planes(n)
     is_q4_0 = type_ == Q4_0
     blocks, block_bytes = (4, 18) if is_q4_0 else (2, 34)  # blocks: in a group
     q, bias = (x + q4, x + bias4) if is_q4_0 else (x + q8, x + bias8)
@@ -195,7 +203,7 @@ def _q6_k_half(low, high, scales, d, x_scales, bias, q, total):
 @inline
 def _dot_q6_k(w, n, x, ahead):
     """Sum of d * scale * s * (sum of q6 * q8 - 32 * sum of q8); reads n / 256 * 210 bytes."""
-    _, q, bias, _, _ = _planes(n)
+    _, q, bias, _, _, _ = planes(n)
     q, bias = x + q, x + bias
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     for _ in range(n // 256):
@@ -274,7 +282,7 @@ def _load_q45_k(type_, block, i):
 
 
 @inline
-def _load1(type_, w, i):
+def load1(type_, w, i):
     if type_ == F16:
         return load_f16(w + 2 * i)
     if type_ == BF16:
@@ -295,7 +303,7 @@ def dot_float(type_, w, n, x, ahead):
         odd = fma(load16(type_, w, i + 16), load_f32x16(x + 4 * i + 64), odd)
     total = sum16(add(even, odd))
     for i in range(n // 32 * 32, n):
-        total = fma1(_load1(type_, w, i), load_f32(x + 4 * i), total)
+        total = fma1(load1(type_, w, i), load_f32(x + 4 * i), total)
     return total
 
 
@@ -308,7 +316,7 @@ def axpy_float(type_, w, n, a, y, ahead):
             prefetch(w + (4 if type_ == F32 else 2) * i + ahead)
         store_f32x16(y + 4 * i, fma(load16(type_, w, i), scale, load_f32x16(y + 4 * i)))
     for i in range(n // 16 * 16, n):
-        store_f32(y + 4 * i, fma1(_load1(type_, w, i), a, load_f32(y + 4 * i)))
+        store_f32(y + 4 * i, fma1(load1(type_, w, i), a, load_f32(y + 4 * i)))
 
 
 # Two rows at a time, so that y is read and written half as often: y += a * v + b * w. The sums are
@@ -325,8 +333,8 @@ def _axpy2_float(type_, v, w, n, a, b, y, ahead_v, ahead_w):
         total = fma(load16(type_, v, i), scale_v, load_f32x16(y + 4 * i))
         store_f32x16(y + 4 * i, fma(load16(type_, w, i), scale_w, total))
     for i in range(n // 16 * 16, n):
-        one = fma1(_load1(type_, v, i), a, load_f32(y + 4 * i))
-        store_f32(y + 4 * i, fma1(_load1(type_, w, i), b, one))
+        one = fma1(load1(type_, v, i), a, load_f32(y + 4 * i))
+        store_f32(y + 4 * i, fma1(load1(type_, w, i), b, one))
 
 
 @inline
@@ -365,7 +373,7 @@ def fill_zero(y, n):
 
 # -- kernels over several rows ----------------------------------------------------------------
 #
-# One pair for each format, compiled when a model first needs it; jobs call them by the addresses
+# A few for each format, compiled when a model first needs it; jobs call them by the addresses
 # in a MATRIX, once for a task, and so know nothing of formats. `rows` is a list of int32 row
 # numbers, or 0 for the `count` rows from `w` on. Behind a list SLACK more numbers must be
 # readable, whatever they are: the rows that they name are prefetched.
@@ -378,7 +386,7 @@ def _row(rows, i):
 
 def _make_dots(type_):
     def dots(w, row_bytes, n, rows, count, x, packed, scratch, out):
-        k = min((AHEAD + row_bytes - 1) // row_bytes, SLACK)
+        k = min((AHEAD + row_bytes - 1) // row_bytes, 8)
         for i in range(count):
             row = _row(rows, i)
             at, ahead = w + row * row_bytes, (_row(rows, i + k) - row) * row_bytes
@@ -395,7 +403,7 @@ def _make_dots(type_):
 
 def _make_axpys(type_):
     def axpys(w, row_bytes, n, rows, count, values, y):
-        k = min((AHEAD + row_bytes - 1) // row_bytes, SLACK - 1)
+        k = min((AHEAD + row_bytes - 1) // row_bytes, 8)
         for i in range(0, count, 2):
             # A last row without a partner is added together with 0 times itself.
             j = min(i + 1, count - 1)
@@ -413,8 +421,35 @@ def _make_axpys(type_):
     return Kernel(axpys, 7, f"axpys_{GGMLType(type_).name}")
 
 
+def _make_widen(type_):
+    block_size, block_bytes = BLOCK_SIZES[GGMLType(type_)]
+
+    def widen(w, row_bytes, n, rows, count, out, out_bytes):
+        for i in range(count):
+            at, to = w + _row(rows, i) * row_bytes, out + i * out_bytes
+            ahead = w + _row(rows, i + 8) * row_bytes
+            for line in range(0, n // block_size * block_bytes, 64):
+                prefetch(ahead + line)
+            if type_ in (Q4_0, Q8_0):
+                zero = splat(np.float32(0))
+                for block in range(n // 32):
+                    source = at + block * block_bytes
+                    low, high = _fma_blocks(type_, source, splat(load_f16(source)), zero, zero)
+                    store_f32x16(to + 128 * block, low)
+                    store_f32x16(to + 128 * block + 64, high)
+            else:
+                for j in range(0, n - 15, 16):
+                    store_f32x16(to + 4 * j, load16(type_, at, j))
+                for j in range(n // 16 * 16, n):
+                    store_f32(to + 4 * j, load1(type_, at, j))
+
+    return Kernel(widen, 7, f"widen_{GGMLType(type_).name}")
+
+
 # dots(w, row_bytes, n, rows, count, x, packed, scratch, out): out [count] = rows . activations,
 # float32 `x` [n], or `packed` where the format is integer.
 DOTS = {int(type_): _make_dots(int(type_)) for type_ in COMPUTE_TYPES}
 # axpys(w, row_bytes, n, rows, count, values, y): y [n] += sum of values [count] * rows, float32.
 AXPYS = {int(type_): _make_axpys(int(type_)) for type_ in COMPUTE_TYPES}
+# widen(w, row_bytes, n, rows, count, out, out_bytes): the rows as float32 [n], out_bytes apart.
+WIDENS = {int(type_): _make_widen(int(type_)) for type_ in COMPUTE_TYPES}

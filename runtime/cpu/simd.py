@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
-from .isa import HAS_HALF, ISA
+from .isa import HAS_HALF, HAS_VNNI, ISA
 from .llvm import (
     F32x16,
     I8x64,
@@ -90,6 +90,11 @@ def store_f16(b, address, x):
 @op(void, intp, int32)
 def store_i32(b, address, x):
     b.store(x, b.inttoptr(address, i32.as_pointer()), align=1)
+
+
+@op(void, intp, int64)
+def store_i64(b, address, x):
+    b.store(x, b.inttoptr(address, i64.as_pointer()), align=1)
 
 
 @op(void, intp, types.uint8)
@@ -177,6 +182,15 @@ def _splat_i32(b: Any, x: Any) -> Any:
 @op(I32x16, I32x16, int32)
 def and_i32(b, x, mask):
     return b.and_(x, _splat_i32(b, mask))
+
+
+@op(I32x16, I32x16, int32)
+def sub_bytes(b, x, n):
+    """Subtract n from each of the 64 bytes."""
+    byte = b.trunc(n, i8)
+    one = b.insert_element(ir.Constant(I8x64.llvm, ir.Undefined), byte, ir.Constant(i32, 0))
+    every = shuffle(b, one, one, [0] * 64)
+    return b.bitcast(b.sub(b.bitcast(x, I8x64.llvm), every), I32x16.llvm)
 
 
 @op(I32x16, I32x16, I32x16)
@@ -285,6 +299,57 @@ def max16(b, x):
     return b.extract_element(x, ir.Constant(i32, 0))
 
 
+# -- flags: one byte for each of 16 lanes ------------------------------------------------------
+
+_BYTES = ir.VectorType(i8, 16)
+
+
+@op(void, intp, F32x16, F32x16)
+def store_at_least(b, flags, x, y):
+    """flags [16] = x >= y, as 0 or 1."""
+    is_so = b.zext(b.fcmp_ordered(">=", x, y), _BYTES)
+    b.store(is_so, b.inttoptr(flags, _BYTES.as_pointer()), align=1)
+
+
+@op(F32x16, F32x16, F32x16)
+def where_at_least(b, x, y):
+    """x where x >= y, else 0."""
+    return b.select(b.fcmp_ordered(">=", x, y), x, constant(F32x16.llvm, 0.0))
+
+
+@op(F32x16, F32x16, intp)
+def where_set(b, x, flags):
+    """x where flags [16] are not 0, else 0."""
+    is_set = b.icmp_signed("!=", load(b, flags, _BYTES), constant(_BYTES, 0))
+    return b.select(is_set, x, constant(F32x16.llvm, 0.0))
+
+
+@op(int64, intp, F32x16)
+def store_not_zero(b, flags, x):
+    """flags [16] = x != 0, as 0 or 1; returns how many are not zero."""
+    is_so = b.fcmp_unordered("!=", x, constant(F32x16.llvm, 0.0))
+    b.store(b.zext(is_so, _BYTES), b.inttoptr(flags, _BYTES.as_pointer()), align=1)
+    bits = b.zext(b.bitcast(is_so, i16), i64)
+    return call(b, "llvm.ctpop.i64", i64, bits)
+
+
+@op(int64, intp, intp, intp, int32, F32x16)
+def store_where_set(b, numbers, values, flags, first, x):
+    """Append the lanes of x with a flag [16] at `values`, first + lane at `numbers`; count them."""
+    is_set = b.icmp_signed("!=", load(b, flags, _BYTES), constant(_BYTES, 0))
+    lanes = b.add(_splat_i32(b, first), ir.Constant(I32x16.llvm, list(range(16))))
+    for at, vector, name in ((numbers, lanes, "i32"), (values, x, "f32")):
+        pointer = b.inttoptr(at, i8.as_pointer())
+        name = f"llvm.masked.compressstore.v16{name}"
+        call(b, name, ir.VoidType(), vector, pointer, is_set)
+    return call(b, "llvm.ctpop.i64", i64, b.zext(b.bitcast(is_set, i16), i64))
+
+
+@op(int64, int64)
+def count_ones(b, x):
+    return call(b, "llvm.ctpop.i64", i64, x)
+
+
 # -- integer dot products ---------------------------------------------------------------------
 
 
@@ -344,20 +409,16 @@ def _vpdpbusd(b: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     return call(b, "llvm.x86.avx512.vpdpbusd.512", I32x16.llvm, total, u, s)
 
 
-@op(I32x16, I32x16, I8x64, I8x64)
-def dot_nibbles(b, total, nibbles, x):
-    """total + sums of 4 neighbouring products of nibbles (0 to 15) and signed bytes."""
-    if ISA == "avx512vnni":
-        return _vpdpbusd(b, total, nibbles, x)
+def dot_unsigned(b: Any, total: Any, w: Any, x: Any) -> Any:
+    if HAS_VNNI:
+        return _vpdpbusd(b, total, w, x)
     if ISA == "avx2":
-        return b.add(total, _dot4_avx2(b, nibbles, x))
-    return b.add(total, _dot4_generic(b, nibbles, x, b.zext))
+        return b.add(total, _dot4_avx2(b, w, x))
+    return b.add(total, _dot4_generic(b, w, x, b.zext))
 
 
-@op(I32x16, I32x16, I8x64, I8x64)
-def dot_bytes(b, total, w, x):
-    """total + sums of 4 neighbouring products of signed bytes, plus Q8_BIAS * (sums of x)."""
-    if ISA == "avx512vnni":
+def dot_signed(b: Any, total: Any, w: Any, x: Any) -> Any:
+    if HAS_VNNI:
         return _vpdpbusd(b, total, b.xor(w, constant(I8x64.llvm, -128)), x)
     if ISA == "avx2":
         # |w| * (x with the sign of w): x is within +-127, so that pairs fit int16.
@@ -366,6 +427,31 @@ def dot_bytes(b, total, w, x):
         magnitude = b.select(negative, b.sub(zero, w), w)  # -128 becomes 128 as unsigned
         return b.add(total, _dot4_avx2(b, magnitude, b.select(negative, b.sub(zero, x), x)))
     return b.add(total, _dot4_generic(b, w, x, b.sext))
+
+
+@op(I32x16, I32x16, I8x64, I8x64)
+def dot_nibbles(b, total, nibbles, x):
+    """total + sums of 4 neighbouring products of small unsigned (to 127) and signed bytes."""
+    return dot_unsigned(b, total, nibbles, x)
+
+
+@op(I32x16, I32x16, I8x64, I8x64)
+def dot_bytes(b, total, w, x):
+    """total + sums of 4 neighbouring products of signed bytes, plus Q8_BIAS * (sums of x)."""
+    return dot_signed(b, total, w, x)
+
+
+@op(void, I32x16, intp, intp)
+def store_sums(b, x, at, stride):
+    """Store the sum of the first 8, the first 4, the next 4; and of the others at + stride."""
+    for n in (8, 4):
+        even, odd = (shuffle(b, x, x, list(range(k, 2 * n, 2))) for k in (0, 1))
+        x = b.add(even, odd)
+    for i in range(2):
+        first, last = (b.extract_element(x, ir.Constant(i32, 2 * i + k)) for k in (0, 1))
+        for k, value in enumerate((b.add(first, last), first, last)):
+            where = offset(b, at if i == 0 else b.add(at, stride), 4 * k)
+            b.store(value, b.inttoptr(where, i32.as_pointer()), align=1)
 
 
 def _gather_blocks(b: Any, address: Any, n: int, stride: int, size: int) -> Any:
@@ -448,7 +534,7 @@ def q6_k_scales(b, scales, d, x_scales):
 
 def _nibbles_f32(b: Any, address: Any, shift: int) -> Any:
     nibbles = load(b, address, ir.VectorType(i8, 16))
-    if ISA == "avx512vnni":
+    if HAS_VNNI:
         # A table of the 16 values, looked up by the lowest 4 bits of each lane.
         lanes = b.lshr(b.zext(nibbles, I32x16.llvm), constant(I32x16.llvm, shift))
         table = ir.Constant(F32x16.llvm, [float(q - 8) for q in range(16)])
@@ -527,6 +613,12 @@ def call_dots(b, function, *args):
 
 
 @op(void, *[intp] * 8)
-def call_axpys(b, function, *args):
-    """Call the kernel of rows.AXPYS at address `function` with its seven arguments."""
+def call_rows(b, function, *args):
+    """Call the kernel of AXPYS, WIDENS or MULTIPLIES at address `function` with its seven."""
+    _call(b, function, list(args))
+
+
+@op(void, *[intp] * 7)
+def call_unpack(b, function, *args):
+    """Call the kernel of gemm.UNPACKS at address `function` with its six arguments."""
     _call(b, function, list(args))

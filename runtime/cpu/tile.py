@@ -1,0 +1,340 @@
+"""Vector operations on tiles: 16 rows of weights, one to a lane, against several tokens.
+
+Written for any number of tokens: how many, the type of the tuple says that holds their addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from .isa import HAS_HALF, HAS_VNNI
+from .llvm import (
+    F32x16,
+    I8x64,
+    I32x16,
+    call,
+    constant,
+    float_,
+    half,
+    half_to_float,
+    i8,
+    i16,
+    i32,
+    i64,
+    intp,
+    load,
+    offset,
+    op,
+    shuffle,
+    void,
+)
+from .simd import dot_signed, dot_unsigned
+
+# As many tokens as the vector registers hold sums for.
+TILE = 8 if HAS_VNNI else 4
+
+Rows = types.UniTuple(intp, 16)
+Four = types.UniTuple(I32x16, 4)
+Sixteen = types.UniTuple(F32x16, 16)
+
+
+def _unpack(b: Any, array: Any) -> list[Any]:
+    return [b.extract_value(array, i) for i in range(array.type.count)]
+
+
+def _pack(b: Any, values: list[Any]) -> Any:
+    array = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        array = b.insert_value(array, value, i)
+    return array
+
+
+def _splat(b: Any, x: Any, vector: ir.Type) -> Any:
+    one = b.insert_element(ir.Constant(vector, ir.Undefined), x, ir.Constant(i32, 0))
+    return shuffle(b, one, one, [0] * vector.count)
+
+
+# -- panels: from rows to lanes ---------------------------------------------------------------
+
+
+def _addresses(n: int) -> Callable[..., Any]:
+    @op(types.UniTuple(intp, n), intp, intp, intp, intp)
+    def addresses(b, start, stride, numbers, last):
+        """Return start + stride * number, of the int32 listed, or of 0, 1, ... if that is 0.
+
+        Behind the number of index `last` it is that one again.
+        """
+        listed = b.icmp_signed("!=", numbers, ir.Constant(numbers.type, 0))
+        # A list that there is not is not read from: this stands in for it.
+        stand_in = b.alloca(numbers.type)
+        b.store(ir.Constant(numbers.type, 0), stand_in)
+        none = b.ptrtoint(stand_in, numbers.type)
+        out = []
+        for i in range(n):
+            index = ir.Constant(last.type, i)
+            index = b.select(b.icmp_signed("<", index, last), index, last)
+            at = b.add(numbers, b.shl(index, ir.Constant(index.type, 2)))
+            number = b.sext(load(b, b.select(listed, at, none), i32), numbers.type)
+            out.append(b.add(start, b.mul(b.select(listed, number, index), stride)))
+        return _pack(b, out)
+
+    return addresses
+
+
+row_addresses = _addresses(16)
+token_addresses = _addresses(TILE)
+
+
+@op(Four, Rows, intp)
+def load_4x16(b, rows, at):
+    """Load 16 bytes at `at` of each row; return the first 4 bytes of every row, the second, ..."""
+    addresses = _unpack(b, rows)
+    quarter = ir.VectorType(i32, 4)
+    vectors = []
+    for first in range(4):  # rows first, first + 4, ... side by side
+        parts = [load(b, b.add(addresses[first + 4 * i], at), quarter) for i in range(4)]
+        low = shuffle(b, parts[0], parts[1], list(range(8)))
+        high = shuffle(b, parts[2], parts[3], list(range(8)))
+        vectors.append(shuffle(b, low, high, list(range(16))))
+    # A transposition of 4 x 4 inside each 128 bits: its halves are interleaved twice.
+    for _ in range(2):
+        pairs = []
+        for x, y in ((vectors[0], vectors[2]), (vectors[1], vectors[3])):
+            for start in (0, 2):
+                pairs.append([x, y, start])
+        vectors = [
+            shuffle(
+                b,
+                x,
+                y,
+                [4 * lane + k for lane in range(4) for k in (s, 16 + s, s + 1, 17 + s)],
+            )
+            for x, y, s in pairs
+        ]
+    return _pack(b, vectors)
+
+
+@op(void, Rows, intp, intp)
+def copy_halves(b, rows, at, out):
+    """Copy the 2 bytes at `at` of each row to `out` [16]."""
+    # Volatile: made into a vector operation it would be slower.
+    for i, address in enumerate(_unpack(b, rows)):
+        value = load(b, b.add(address, at), i16)
+        pointer = b.inttoptr(offset(b, out, 2 * i), i16.as_pointer())
+        b.store(value, pointer, align=1).volatile = True
+
+
+@op(void, intp, intp)
+def widen_halves(b, halves, out):
+    """Store 16 halves as float32."""
+    if HAS_HALF:
+        floats = b.fpext(load(b, halves, ir.VectorType(half, 16)), F32x16.llvm)
+    else:
+        floats = half_to_float(b, load(b, halves, ir.VectorType(i16, 16)))
+    b.store(floats, b.inttoptr(out, F32x16.llvm.as_pointer()), align=1)
+
+
+@op(Sixteen, Sixteen)
+def transpose(b, rows):
+    """Transpose 16 vectors of 16 float32."""
+    vectors = _unpack(b, rows)
+    low = [lane for k in range(8) for lane in (k, 16 + k)]
+    high = [lane for k in range(8, 16) for lane in (k, 16 + k)]
+    for _ in range(4):
+        vectors = [
+            shuffle(b, vectors[k], vectors[k + 8], lanes) for k in range(8) for lanes in (low, high)
+        ]
+    return _pack(b, vectors)
+
+
+# -- tiles: several tokens --------------------------------------------------------------------
+
+
+def _tile_op(result: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Make an intrinsic `f(builder, totals, tokens, *addresses)` over tuples of any length.
+
+    `totals`: float32 sums of 16 rows for each token; `tokens`: their addresses. `result(n)`:
+    the type that comes back.
+    """
+
+    def decorate(build: Callable[..., Any]) -> Any:
+        def codegen(_context: Any, b: Any, signature: Any, args: Any) -> Any:
+            lists = [
+                _unpack(b, arg) if isinstance(type_, types.UniTuple) else arg
+                for arg, type_ in zip(args, signature.args, strict=True)
+            ]
+            value = build(b, *lists)
+            return _context.get_dummy_value() if value is None else _pack(b, value)
+
+        made: Callable[..., Any]
+        match build.__code__.co_argcount - 1:
+            case 1:
+
+                def made(typingctx, tokens):
+                    return result(tokens.count)(tokens), codegen
+            case 2:
+
+                def made(typingctx, totals, a):
+                    return result(totals.count)(totals, a), codegen
+            case 4:
+
+                def made(typingctx, totals, tokens, a, b):
+                    return result(totals.count)(totals, tokens, a, b), codegen
+            case 5:
+
+                def made(typingctx, totals, tokens, a, b, c):
+                    return result(totals.count)(totals, tokens, a, b, c), codegen
+            case _:
+
+                def made(typingctx, totals, tokens, a, b, c, d, e, f):
+                    return result(totals.count)(totals, tokens, a, b, c, d, e, f), codegen
+
+        made.__name__ = made.__qualname__ = build.__name__
+        made.__doc__ = build.__doc__
+        return intrinsic(made)
+
+    return decorate
+
+
+def _totals(n: int) -> Any:
+    return types.UniTuple(F32x16, n)
+
+
+@_tile_op(_totals)
+def no_totals(b, tokens):
+    """Return a sum of 0 for each token."""
+    return [constant(F32x16.llvm, 0.0)] * len(tokens)
+
+
+@_tile_op(lambda _: void)
+def store_totals(b, totals, out):
+    """Store the sums of 16 rows, token after token."""
+    for t, total in enumerate(totals):
+        pointer = b.inttoptr(offset(b, out, 64 * t), F32x16.llvm.as_pointer())
+        b.store(total, pointer, align=1)
+
+
+@_tile_op(_totals)
+def float_step(b, totals, tokens, weights, x):
+    """totals += 16 weights of a column * x, which lies at `x` from each token's address."""
+    w = load(b, weights, F32x16.llvm)
+    out = []
+    for total, token in zip(totals, tokens, strict=True):
+        value = _splat(b, load(b, b.add(token, x), float_), F32x16.llvm)
+        out.append(call(b, "llvm.fma.v16f32", F32x16.llvm, w, value, total))
+    return out
+
+
+def _int_step(n_quads: int, dot: Callable[..., Any]) -> Callable[..., Any]:
+    def step(b, totals, tokens, quads, scales, x, x_scale, x_sum, factor):
+        w_scale = load(b, scales, F32x16.llvm)
+        factors = _splat(b, b.trunc(factor, i32), I32x16.llvm)
+        sums = []
+        for token in tokens:
+            x_sums = _splat(b, load(b, b.add(token, x_sum), i32), I32x16.llvm)
+            sums.append(b.mul(x_sums, factors))
+        for k in range(n_quads):
+            w = load(b, offset(b, quads, 64 * k), I8x64.llvm)
+            for t, token in enumerate(tokens):
+                four = _splat(b, load(b, offset(b, b.add(token, x), 4 * k), i32), I32x16.llvm)
+                sums[t] = dot(b, sums[t], w, b.bitcast(four, I8x64.llvm))
+        out = []
+        for total, token, ints in zip(totals, tokens, sums, strict=True):
+            scale = _splat(b, load(b, b.add(token, x_scale), float_), F32x16.llvm)
+            floats = b.sitofp(ints, F32x16.llvm)
+            scale = b.fmul(w_scale, scale)
+            out.append(call(b, "llvm.fma.v16f32", F32x16.llvm, floats, scale, total))
+        return out
+
+    step.__doc__ = f"""totals += w scale * x scale * (dot of {4 * n_quads} columns + factor * sum).
+
+    `quads` [{n_quads}][16][4] and `scales` [16] are the panel's; x, x_scale, x_sum are offsets
+    from the tokens' addresses.
+    """
+    return step
+
+
+def _products_step(b, totals, tokens, sums, scales, x_scale):
+    """totals += w scale * x scale * sums [tokens][16], int32; x_scale as in the other steps."""
+    w_scale, out = load(b, scales, F32x16.llvm), []
+    for t, (total, token) in enumerate(zip(totals, tokens, strict=True)):
+        floats = b.sitofp(load(b, offset(b, sums, 64 * t), I32x16.llvm), F32x16.llvm)
+        scale = _splat(b, load(b, b.add(token, x_scale), float_), F32x16.llvm)
+        scale = b.fmul(w_scale, scale)
+        out.append(call(b, "llvm.fma.v16f32", F32x16.llvm, floats, scale, total))
+    return out
+
+
+products_step = _tile_op(_totals)(_products_step)
+unsigned_step_8 = _tile_op(_totals)(_int_step(8, dot_unsigned))
+unsigned_step_4 = _tile_op(_totals)(_int_step(4, dot_unsigned))
+signed_step_8 = _tile_op(_totals)(_int_step(8, dot_signed))
+signed_step_4 = _tile_op(_totals)(_int_step(4, dot_signed))
+
+
+# -- AMX: 16 tokens at once -------------------------------------------------------------------
+#
+# Tile registers hold 16 rows of 64 bytes: the activations of 16 tokens, 4 int8 of each of 16 rows
+# of weights, and their int32 sums. Numbers of registers are constants in the instructions; the
+# sums, activations and weights of neighbouring blocks use different ones.
+
+
+def _tile(n: int) -> ir.Constant:
+    return ir.Constant(i8, n)
+
+
+def _tile_call(b: Any, name: str, *args: Any) -> None:
+    call(b, f"llvm.x86.{name}", ir.VoidType(), *args)
+
+
+@op(void, intp)
+def configure_tiles(b, config):
+    """Take this thread's tile registers into use; `config`: 64 bytes, see tile_config."""
+    _tile_call(b, "ldtilecfg", b.inttoptr(config, i8.as_pointer()))
+
+
+@op(void)
+def release_tiles(b):
+    _tile_call(b, "tilerelease")
+
+
+def _tile_products(n_quads: int) -> Callable[..., Any]:
+    @op(void, intp, intp, intp, intp)
+    def products(b, x, stride, quads, out):
+        """out int32 [2][16 tokens][16] = two blocks of x, `stride` bytes a token, . panel quads."""
+        for k in range(2):
+            at, w = offset(b, x, 4 * n_quads * k), offset(b, quads, 64 * n_quads * k)
+            if n_quads == 8 and k:  # blocks of the pack are 48 bytes apart
+                at = offset(b, x, 48)
+            line = ir.Constant(i64, 64)
+            to = b.inttoptr(offset(b, out, 1024 * k), i8.as_pointer())
+            _tile_call(b, "tilezero", _tile(k))
+            pointer = b.inttoptr(at, i8.as_pointer())
+            _tile_call(b, "tileloadd64", _tile(2 + k), pointer, stride)
+            _tile_call(b, "tileloadd64", _tile(4 + k), b.inttoptr(w, i8.as_pointer()), line)
+            _tile_call(b, "tdpbssd", _tile(k), _tile(2 + k), _tile(4 + k))
+            _tile_call(b, "tilestored64", _tile(k), to, line)
+
+    return products
+
+
+tile_products_8, tile_products_4 = _tile_products(8), _tile_products(4)
+
+
+def tile_config(n_quads: int) -> list[int]:
+    """Return the 8 words for configure_tiles: palette, bytes of a row and rows of 8 registers.
+
+    Source: Intel Architecture Instruction Set Extensions reference, LDTILECFG.
+    """
+    config = bytearray(64)
+    config[0] = 1
+    kinds = [(64, 16)] * 2 + [(4 * n_quads, 16)] * 2 + [(64, n_quads)] * 2  # sums, x, weights
+    for register, (row_bytes, rows) in enumerate(kinds):
+        config[16 + 2 * register] = row_bytes
+        config[48 + register] = rows
+    return [int.from_bytes(config[i : i + 8], "little") for i in range(0, 64, 8)]
