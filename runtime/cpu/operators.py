@@ -307,7 +307,8 @@ class CPU:
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
         # Between two jobs of a token Python takes longer than its share: what it runs through has
         # left the caches every time, weights having gone through them.
-        self._captured = calls = []
+        calls: list[tuple[int, int]] = []
+        self._captured = calls
         run()
         self._captured = None
         jobs = program(calls)

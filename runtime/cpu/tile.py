@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import types as _types
 from numba.extending import intrinsic
 
 from .isa import HAS_HALF, HAS_VNNI
@@ -34,6 +34,8 @@ from .llvm import (
     void,
 )
 from .simd import dot_signed, dot_unsigned
+
+types: Any = _types  # numba has no type hints
 
 # As many tokens as the vector registers hold sums for.
 TILE = 8 if HAS_VNNI else 4
