@@ -17,7 +17,6 @@ from .rows import F16, fill_zero, pack_stride
 from .simd import (
     call_dots,
     call_rows,
-    call_unpack,
     load_f32,
     load_f32x16,
     load_i32,
@@ -275,7 +274,7 @@ def _several(args, first, last, head, scratch):
         for j in range(0, n, 16):
             at = _slot(pages, pages_cols, row, start + j, head, n_head_kv, head_bytes)
             k, count = arg(args, ATTEND.k_cache) + at, min(16, n - j)
-            call_unpack(arg(args, ATTEND.unpack), k, head_bytes, head_dim, 0, count, panel)
+            call_rows(arg(args, ATTEND.unpack), k, head_bytes, head_dim, 0, count, panel, 1)
             q, multiply = arg(args, ATTEND.q), arg(args, ATTEND.multiply)
             call_rows(multiply, panel, head_dim, q, 0, queries, n_query, out)
             for i in range(n_query):

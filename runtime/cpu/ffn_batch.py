@@ -113,12 +113,16 @@ def _decide(args, rows, start, n_rows, scratch):
     kind, threshold = arg(args, FFN.activation), load_f32(arg(args, FFN.threshold))
     act, fired, any_fired = arg(args, FFN.act), arg(args, FFN.fired), arg(args, FFN.any_fired)
     flags, tokens = mask if has_mask else 0, token_list(arg(decider, MATRIX.cols), scratch)
-    unpack_panels(decider, start, rows, n_rows, scratch)
+    if n_tok > GROUP:
+        unpack_panels(decider, start, rows, n_rows, scratch)
     for group in range(0, n_tok, GROUP):
         n_group = min(GROUP, n_tok - group)
         for i in range(0, n_rows, ROWS):
             first, count = start + i, min(ROWS, n_rows - i)
             listed, panel = rows + 4 * i if rows != 0 else 0, i // ROWS
+            if n_tok <= GROUP:
+                panel = 0
+                unpack_panels(decider, first, listed, count, scratch)
             n, out = _dots(
                 args, decider, flags, panel, listed, first, count, group, n_group, scratch
             )
@@ -155,12 +159,16 @@ def _multiply(args, rows, start, n_rows, scratch):
     act, fired = arg(args, FFN.act), arg(args, FFN.fired)
     is_dense, tokens = arg(args, FFN.is_dense) != 0, token_list(arg(up, MATRIX.cols), scratch)
     flags = 0 if is_dense else fired
-    unpack_panels(up, start, rows, n_rows, scratch)
+    if n_tok > GROUP:
+        unpack_panels(up, start, rows, n_rows, scratch)
     for group in range(0, n_tok, GROUP):
         n_group = min(GROUP, n_tok - group)
         for i in range(0, n_rows, ROWS):
             first, count = start + i, min(ROWS, n_rows - i)
             listed, panel = rows + 4 * i if rows != 0 else 0, i // ROWS
+            if n_tok <= GROUP:
+                panel = 0
+                unpack_panels(up, first, listed, count, scratch)
             n, out = _dots(args, up, flags, panel, listed, first, count, group, n_group, scratch)
             for k in range(n):
                 token = (group + np.int64(load_i32(tokens + 4 * k))) * n_ff

@@ -23,6 +23,7 @@ from .rows import BLOCK, F32, Q4_0, Q6_K, Q8_0, load1, load16, pack_stride, plan
 from .simd import (
     and_i32,
     load_f16,
+    load_i64,
     load_u8,
     or_i32,
     prefetch,
@@ -58,12 +59,14 @@ from .tile import (
 )
 
 PANEL = 16  # rows
+FEW = 16  # tokens: multiplying takes no longer than reading the next panel
 
 
 @inline
 def panel_size(n):
     """Return the bytes of a panel of rows of n weights, in any format."""
-    return 64 * ((n + 31) // 32 * 32) + 2048  # behind it the sums of two AMX tiles
+    # Behind it the sums of two AMX tiles, and what _following says.
+    return 64 * ((n + 31) // 32 * 32) + 2048 + 128
 
 
 panel_bytes = panel_size.py_func
@@ -76,10 +79,17 @@ def _scales(n):
 
 
 @inline
-def _prefetch(rows, at):
-    """Ask for a line of each row of the next panel."""
-    for i in range(16):
-        prefetch(rows[i] + at)
+def _following(panel, n):
+    """Return where a panel keeps the addresses of the rows that will be unpacked after it."""
+    return panel + 64 * ((n + 31) // 32 * 32) + 2048
+
+
+@inline
+def _prefetch(following, at):
+    """Ask for a line of each of the rows that follow; nothing if `following` is 0."""
+    if following != 0:
+        for i in range(PANEL):
+            prefetch(load_i64(following + 8 * i) + at)
 
 
 @inline
@@ -186,11 +196,15 @@ def _unpack_float(type_, weight_bytes, rows, following, n, panel):
 
 
 @inline
-def _multiply(type_, n, panel, tokens, out):
+def _multiply(type_, n, panel, tokens, following, out):
     """out [tokens, 16] for as many tokens as the tuple holds; call it with a constant type."""
     totals, scales, blocks = no_totals(tokens), panel + _scales(n), planes(n)[5]
     if type_ in (Q4_0, Q8_0):
         for i in range(n // 32):
+            if type_ == Q8_0:
+                _prefetch(following, 34 * i)
+            elif i % 3 == 0:
+                _prefetch(following, 18 * i)
             x, w, scale = blocks + BLOCK * i, panel + 512 * i, scales + 64 * i
             if type_ == Q8_0 or HAS_AMX:
                 factor = Q8_BIAS // 8
@@ -199,6 +213,8 @@ def _multiply(type_, n, panel, tokens, out):
                 totals = unsigned_step_8(totals, tokens, w, scale, x, x + 32, x + 36, 1)
     elif type_ == Q6_K:
         for i in range(n // 16):
+            if i % 4 == 0:
+                _prefetch(following, 210 * i // 16)
             x, w, scale = blocks + BLOCK * (i // 2), panel + 256 * i, scales + 64 * i
             at, x_sum = x + i % 2 * 16, x + 40 + i % 2 * 4
             if HAS_AMX:
@@ -237,12 +253,15 @@ def _make_unpack(type_):
     block_size, block_bytes = BLOCK_SIZES[GGMLType(type_)]
     weight_bytes = block_bytes / block_size
 
-    def unpack(w, row_bytes, n, rows, count, panel):
+    def unpack(w, row_bytes, n, rows, count, panel, is_next):
         here = row_addresses(w, row_bytes, rows, count - 1)
         behind = rows + 4 * PANEL if rows != 0 else 0
-        following = row_addresses(
-            w if rows != 0 else w + PANEL * row_bytes, row_bytes, behind, PANEL - 1
-        )
+        next_w = w if rows != 0 else w + PANEL * row_bytes
+        ahead = row_addresses(next_w, row_bytes, behind, PANEL - 1)
+        following = _following(panel, n)
+        for i in range(PANEL):
+            store_i64(following + 8 * i, ahead[i])
+        following = following if is_next != 0 else 0
         if type_ == Q4_0:
             _unpack_q4_0(here, following, n, panel)
         elif type_ == Q8_0:
@@ -252,7 +271,7 @@ def _make_unpack(type_):
         else:
             _unpack_float(type_, weight_bytes, here, following, n, panel)
 
-    return Kernel(unpack, 6, f"unpack_{GGMLType(type_).name}")
+    return Kernel(unpack, 7, f"unpack_{GGMLType(type_).name}")
 
 
 def _make_multiply(type_):
@@ -263,7 +282,9 @@ def _make_multiply(type_):
         start, stride = x, 4 * n
         if is_integer:
             start, stride = packs, pack_stride(n)
-        t = 0
+        t, following = 0, 0
+        if n_tok <= FEW:
+            following = _following(panel, n)
         if HAS_AMX and is_integer and tokens == 0 and n_tok >= 16:
             sums = panel + 64 * ((n + 31) // 32 * 32)
             for i in range(8):
@@ -280,19 +301,20 @@ def _make_multiply(type_):
             first = start if tokens != 0 else start + t * stride
             group = token_addresses(first, stride, listed, left - 1)
             if left >= TILE:
-                _multiply(type_, n, panel, group, out + 64 * t)
+                _multiply(type_, n, panel, group, following, out + 64 * t)
                 t += TILE
             else:
-                _multiply(type_, n, panel, (group[0],), out + 64 * t)
+                _multiply(type_, n, panel, (group[0],), following, out + 64 * t)
                 t += 1
+            following = 0
 
     kind = GGMLType(type_).name if is_integer else "float"
     return Kernel(multiply, 7, f"multiply_{kind}")
 
 
-# unpack(w, row_bytes, n, rows, count, panel): `count` (1 to 16) rows into a panel of
-# panel_bytes(n); lanes behind them repeat the last one. `rows` as in rows.DOTS; the 16 numbers
-# behind the list are prefetched.
+# unpack(w, row_bytes, n, rows, count, panel, is_next): `count` (1 to 16) rows into a panel of
+# panel_bytes(n); lanes behind them repeat the last one. `rows` as in rows.DOTS. The 16 rows behind
+# are prefetched: now if `is_next`, else while the panel is multiplied with FEW tokens.
 UNPACKS = {int(type_): _make_unpack(int(type_)) for type_ in COMPUTE_TYPES}
 # multiply(panel, n, x, packs, tokens, n_tok, out): out f32 [n_tok][16] = the panel's rows .
 # activations of the tokens listed at `tokens` (0: the first n_tok), f32 `x` [.., n], or `packs`

@@ -14,7 +14,6 @@ from .simd import (
     add,
     call_dots,
     call_rows,
-    call_unpack,
     fma,
     fma1,
     load_f32,
@@ -102,10 +101,14 @@ def row_dots(matrix, first, rows, count, x, packed, scratch):
 
 @inline
 def unpack_panels(matrix, first, rows, count, scratch):
-    """Unpack rows of a matrix, listed, or from `first` on, into panels for panel_dots."""
+    """Unpack rows of a matrix, listed, or from `first` on, into panels for panel_dots.
+
+    All the panels of a task for many tokens; for one GROUP of them one at a time, which is read
+    while the one before is multiplied.
+    """
     n, row_bytes = arg(matrix, MATRIX.cols), arg(matrix, MATRIX.row_bytes)
     for i in range(0, count, ROWS):
-        call_unpack(
+        call_rows(
             arg(matrix, MATRIX.unpack),
             arg(matrix, MATRIX.data) + (0 if rows != 0 else (first + i) * row_bytes),
             row_bytes,
@@ -113,6 +116,7 @@ def unpack_panels(matrix, first, rows, count, scratch):
             rows + 4 * i if rows != 0 else 0,
             min(ROWS, count - i),
             scratch + WORK + i // ROWS * panel_size(n),
+            np.int64(count > ROWS),
         )
 
 
@@ -175,12 +179,15 @@ def matmul_task(matrix, task, n_threads, n_tok, x, packs, y, y_cols, how, scratc
     size = rows_per_task(n_rows, arg(matrix, MATRIX.cols), n_threads, n_tok)
     start = task * size
     end = min(start + size, n_rows)
-    if n_tok > 1:
+    if n_tok > GROUP:
         unpack_panels(matrix, start, 0, end - start, scratch)
     for group in range(0, n_tok, GROUP):
         n_group = min(GROUP, n_tok - group)
         for first in range(start, end, ROWS):
             count, panel = min(ROWS, end - first), (first - start) // ROWS
+            if 1 < n_tok <= GROUP:
+                panel = 0
+                unpack_panels(matrix, first, 0, count, scratch)
             out = products(matrix, panel, first, count, group, n_group, n_tok, x, packs, scratch)
             for t in range(n_group):
                 at, source = y + 4 * ((group + t) * y_cols + first), out + 64 * t
@@ -422,12 +429,15 @@ def predict(args, control, epoch, thread):
         if task < 0:
             break
         start, end = task * size, min(task * size + size, n_ff)
-        if n_tok > 1:
+        if n_tok > GROUP:
             unpack_panels(fc2, start, 0, end - start, scratch)
         for group in range(0, n_tok, GROUP):
             n_group = min(GROUP, n_tok - group)
             for first in range(start, end, ROWS):
                 count, panel = min(ROWS, end - first), (first - start) // ROWS
+                if 1 < n_tok <= GROUP:
+                    panel = 0
+                    unpack_panels(fc2, first, 0, count, scratch)
                 out = products(
                     fc2,
                     panel,

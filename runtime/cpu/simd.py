@@ -614,11 +614,5 @@ def call_dots(b, function, *args):
 
 @op(void, *[intp] * 8)
 def call_rows(b, function, *args):
-    """Call the kernel of AXPYS, WIDENS or MULTIPLIES at address `function` with its seven."""
-    _call(b, function, list(args))
-
-
-@op(void, *[intp] * 7)
-def call_unpack(b, function, *args):
-    """Call the kernel of gemm.UNPACKS at address `function` with its six arguments."""
+    """Call a kernel of AXPYS, WIDENS, UNPACKS or MULTIPLIES with its seven arguments."""
     _call(b, function, list(args))
