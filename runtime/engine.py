@@ -23,8 +23,10 @@ from .formats import F32Array, GGMLType
 from .model import Watcher, forward
 from .reference import Reference
 from .sampling import Sampler, SamplingOptions
+from .scheduler import Request, Scheduler
 from .step import COUNTS, Buffers, Step, rope_table
-from .tokenizer import StreamDecoder, load_tokenizer
+from .text import Continuation, TextStream
+from .tokenizer import load_tokenizer
 from .traffic import Traffic, traffic
 from .weights import Model, load_model
 
@@ -140,6 +142,11 @@ class Engine:
 
     # -- running ------------------------------------------------------------------------------
 
+    @property
+    def chunk(self) -> int:
+        """Most tokens in one forward pass."""
+        return len(self._plan.step.tokens)
+
     def adapter(self) -> Adapter | None:
         """Return what moves the thresholds of a new sequence; None where nothing is to move.
 
@@ -160,7 +167,7 @@ class Engine:
         counts: Counts,
         adapter: Adapter | None = None,
     ) -> F32Array:
-        """Run new tokens of some sequences (at most options.chunk tokens) through the model.
+        """Run new tokens of some sequences (at most `chunk` tokens) through the model.
 
         Returns the logits [n_out, n_vocab] of the tokens in `outputs`, counted over all chunks;
         adds what the FFNs computed to `counts`. `adapter`: of the first sequence.
@@ -252,8 +259,7 @@ class Engine:
         generated. RequestError as in logits().
         """
         ids, counts = self._check(ids), self.no_counts()
-        sequence, chunk = self._begin(adapter), len(self._plan.step.tokens)
-        chunk = chunk if adapter is None else 1
+        sequence, chunk = self._begin(adapter), self.chunk if adapter is None else 1
         try:
             for start in range(0, len(ids), chunk):
                 part = ids[start : start + chunk]
@@ -267,6 +273,23 @@ class Engine:
             self.release(sequence)
         return counts
 
+    def continuation(
+        self,
+        prompt: str | SequenceOf[int],
+        max_tokens: int = -1,
+        ignore_eos: bool = False,
+        **sampling: Any,
+    ) -> Continuation:
+        """Return what chooses the tokens after `prompt`: options and errors as in generate()."""
+        if isinstance(prompt, str):
+            # Something to start from, whatever the model wants.
+            prompt = self.tokenize(prompt) if prompt else [self.tokenizer.bos]
+        ids = self._check(prompt)
+        if not ids:
+            raise RequestError("the prompt is empty: there is nothing to start from")
+        sampler = Sampler(SamplingOptions(**sampling), self.config.n_vocab)
+        return Continuation(ids, sampler, self.tokenizer, self.context, max_tokens, ignore_eos)
+
     def generate_tokens(
         self,
         prompt: SequenceOf[int],
@@ -279,24 +302,17 @@ class Engine:
         Ends after `max_tokens` (-1: no limit), at an end token, or when the context is full;
         `finish_reason` says which. RequestError when the prompt is empty or too long.
         """
-        ids = self._check(prompt)
-        if not ids:
-            raise RequestError("the prompt is empty: there is nothing to start from")
-        sampler = Sampler(SamplingOptions(**sampling), self.config.n_vocab)
-        return self._generate(ids, max_tokens, ignore_eos, sampler)
+        return self._generate(self.continuation(prompt, max_tokens, ignore_eos, **sampling))
 
-    def _generate(
-        self, history: list[int], max_tokens: int, ignore_eos: bool, sampler: Sampler
-    ) -> Iterator[int]:
+    def _generate(self, text: Continuation) -> Iterator[int]:
         t = Timings(load_s=self.timings.load_s)
         counts, decode_counts = self.no_counts(), self.no_counts()
-        finish_reason = "length"
         adapter = self.adapter()
-        sequence, chunk = self._begin(adapter), len(self._plan.step.tokens)
+        sequence, prompt = self._begin(adapter), text.history.copy()
         try:
-            for start in range(0, len(history), chunk):
-                part = history[start : start + chunk]
-                is_last = start + chunk >= len(history) and max_tokens != 0
+            for start in range(0, len(prompt), self.chunk):
+                part = prompt[start : start + self.chunk]
+                is_last = start + self.chunk >= len(prompt) and not text.finish_reason
                 clock = time.perf_counter()
                 outputs = [len(part) - 1] if is_last else []
                 logits = self.feed([(sequence, part)], outputs, counts, adapter)
@@ -304,18 +320,13 @@ class Engine:
                 t.prompt_s += time.perf_counter() - clock
             if adapter is not None:
                 adapter.settle()  # not before: how the prompt was cut must not matter
-            while max_tokens != 0:
-                token = sampler.sample(logits[0], history)
-                if self.tokenizer.is_end(token) and not ignore_eos:
-                    finish_reason = "eos"
+            while not text.finish_reason:
+                token = text.choose(logits[0])
+                if token is None:
                     return
-                history.append(token)
                 t.decode_tokens += 1
                 yield token
-                if t.decode_tokens == max_tokens:
-                    return
-                if sequence.length == self.context:
-                    finish_reason = "context"
+                if text.finish_reason:
                     return
                 clock = time.perf_counter()
                 logits = self.feed([(sequence, [token])], [0], decode_counts, adapter)
@@ -330,7 +341,7 @@ class Engine:
                 t.fired_share = fired / tokens / self.config.n_ff
             if decode_counts.any():
                 t.traffic = traffic(self.weights, self.mode, decode_counts)
-            self.timings, self.finish_reason = t, finish_reason
+            self.timings, self.finish_reason = t, text.finish_reason or "length"
 
     def generate(
         self,
@@ -347,52 +358,66 @@ class Engine:
         presence_penalty, frequency_penalty, penalty_last_n, seed, logit_bias. RequestError as
         in generate_tokens.
         """
-        if isinstance(prompt, str):
-            # Something to start from, whatever the model wants.
-            ids = self.tokenize(prompt) if prompt else [self.tokenizer.bos]
-        else:
-            ids = list(prompt)
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        tokens = self.generate_tokens(ids, max_tokens, ignore_eos, **sampling)
-        at_start = len(ids) == 1 and ids[0] == self.tokenizer.bos
-        return self._stream(
-            tokens, StreamDecoder(self.tokenizer, at_start), [s for s in stops if s]
-        )
+        text = self.continuation(prompt, max_tokens, ignore_eos, **sampling)
+        stream = TextStream(self.tokenizer, text.history, stop)
+        return self._stream(self._generate(text), stream)
 
-    def _stream(
-        self, tokens: Iterator[int], decoder: StreamDecoder, stops: list[str]
-    ) -> Iterator[str]:
-        """Yield text up to the first stop string in it, however the tokens cut it."""
-        held = ""  # text that may turn out to be the beginning of a stop string
-
-        def first_stop() -> int | None:
-            return min((i for i in (held.find(s) for s in stops) if i >= 0), default=None)
-
+    def _stream(self, tokens: Iterator[int], stream: TextStream) -> Iterator[str]:
         for token in tokens:
-            held += decoder.push(token)
-            # Up to here the text is certain: no stop string begins before, not even one that is
-            # longer than what has come of it.
-            certain = len(held) - max((_overlap(held, s) for s in stops), default=0)
-            found = first_stop()
-            if found is not None and found <= certain:
+            piece = stream.push(token)
+            if stream.is_stopped:
                 tokens.close()  # type: ignore[attr-defined]  # it is a generator
                 break
-            certain = certain if found is None else min(certain, found)
-            if certain:
-                yield held[:certain]
-                held = held[certain:]
-        held += decoder.finish()
-        found = first_stop()
-        if found is not None:
+            if piece:
+                yield piece
+        else:
+            piece = stream.finish()
+        if stream.is_stopped:
             self.finish_reason = "stop"
-            held = held[:found]
-        if held:
-            yield held
+        if piece:
+            yield piece
 
+    def generate_many(
+        self,
+        prompts: SequenceOf[str | SequenceOf[int]],
+        max_tokens: int = -1,
+        stop: str | SequenceOf[str] = (),
+        ignore_eos: bool = False,
+        seed: int | None = None,
+        **sampling: Any,
+    ) -> Iterator[tuple[int, str]]:
+        """Yield (number of the prompt, piece of the text that follows it), as they come.
 
-def _overlap(text: str, stop: str) -> int:
-    """Return how many characters at the end of `text` may begin `stop`."""
-    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+        options.sequences texts are written at the same time, all frozen: thresholds stay the
+        file's. Options and errors as in generate(), but prompt i draws with `seed` + i.
+        """
+        if isinstance(prompts, str):
+            raise RequestError("generate_many needs a list of prompts, not one text")
+        scheduler = Scheduler(self)
+        requests = [
+            scheduler.submit(
+                prompt,
+                max_tokens,
+                stop,
+                ignore_eos,
+                seed=None if seed is None else seed + i,
+                **sampling,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        return self._write(scheduler, requests)
+
+    def _write(self, scheduler: Scheduler, requests: list[Request]) -> Iterator[tuple[int, str]]:
+        try:
+            while not scheduler.is_idle:
+                for request, piece in scheduler.step():
+                    if request.error is not None:
+                        raise request.error
+                    if piece:
+                        yield request.index, piece
+        finally:
+            for request in requests:
+                scheduler.cancel(request)
 
 
 def _choose_context(config: ModelConfig, options: RunOptions) -> int:
