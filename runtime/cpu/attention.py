@@ -10,7 +10,7 @@ from ..cache import PAGE
 from .block import MATRIX, layout
 from .elementwise import exp_below, peak_of, rope_head, scale_by
 from .gemm import panel_bytes, panel_size
-from .jit import arg, inline, job
+from .jit import arg, function, inline, job
 from .linear import STORE, WORK, add_rows, add_to, matmul_task, n_tasks_of, norm_task
 from .pool import finish, take, wait
 from .rows import F16, fill_zero, pack_stride
@@ -159,7 +159,7 @@ def partial_floats(head_dim: int) -> int:
     return head_dim + 16
 
 
-@inline
+@function
 def _single(args, t, head, split, scratch):
     """One token and one kv head over the SPLIT earlier tokens of a split.
 
@@ -217,7 +217,7 @@ def _partial(args, row, head, split):
     return arg(args, ATTEND.partial) + 4 * n * (index * arg(args, ATTEND.n_splits_max) + split)
 
 
-@inline
+@function
 def _combine(args, t):
     """a of a token on its own, from its splits: sum of e^(peak - highest) * partial / totals."""
     n_head, head_dim = arg(args, ATTEND.n_head), arg(args, ATTEND.head_dim)
@@ -240,7 +240,7 @@ def _combine(args, t):
         scale_by(a, head_dim, np.float32(1) / total)
 
 
-@inline
+@function
 def _several(args, first, last, head, scratch):
     """Tokens first to last - 1 of one text, for one kv head: K and V are widened once for all.
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..step import FIRED, HALF_FIRED
 from .block import MATRIX, layout
-from .jit import arg, inline, job
+from .jit import arg, function, job
 from .linear import (
     ADD,
     LIST,
@@ -73,7 +73,7 @@ AUDIT = layout(
 )
 
 
-@inline
+@function
 def activate(kind, x, threshold):
     """Apply the activation to the decider of one neuron."""
     if kind == SILU:
@@ -86,7 +86,7 @@ def activate(kind, x, threshold):
     return x * x if kind == RELU2 else x
 
 
-@inline
+@function
 def activate16(kind, x, threshold):
     """Apply the activation to 16 numbers in place."""
     if kind in (SILU, GELU):
@@ -103,7 +103,7 @@ def activate16(kind, x, threshold):
     store_f32x16(x, values)
 
 
-@inline
+@function
 def _decide(decider, first, rows, count, h, packed, kind, threshold, act, fired, scratch):
     """act = activation(rows of the decider . h), fired = whether that is not 0; both by row."""
     out = row_dots(decider, first, rows, count, h, packed, scratch)
@@ -114,7 +114,7 @@ def _decide(decider, first, rows, count, h, packed, kind, threshold, act, fired,
         store_u8(fired + row, np.uint8(FIRED if g != 0 else 0))
 
 
-@inline
+@function
 def _multiply(up, rows, count, h, packed, kind, act, fired, scratch):
     """act *= listed rows of up . h; drelu: a neuron whose up is negative has not fired."""
     out = row_dots(up, 0, rows, count, h, packed, scratch)
@@ -127,7 +127,7 @@ def _multiply(up, rows, count, h, packed, kind, act, fired, scratch):
         store_f32(act + 4 * row, load_f32(act + 4 * row) * u)
 
 
-@inline
+@function
 def _lane(args, n_active, lane, y, scratch):
     """y [n_embd] = the lane's share of the down projection.
 
@@ -278,7 +278,7 @@ def ffn(args, control, epoch, thread):
     wait(control, 4, epoch, n_tasks)
 
 
-@inline
+@function
 def pack_act(args, t):
     """Pack act of one token, for the layout of dense files."""
     n_ff = arg(args + 8 * FFN.decider, MATRIX.rows)
@@ -287,7 +287,7 @@ def pack_act(args, t):
         pack(act + 4 * t * n_ff, n_ff, packs + t * pack_stride(n_ff), arg(args, FFN.ones))
 
 
-@inline
+@function
 def standard_down(args, control, epoch, scratch):
     """x += down . act for the layout of dense files: phase 5."""
     n_tok = np.int64(load_i32(arg(args, FFN.counts)))

@@ -16,7 +16,7 @@ from ..step import FIRED, HALF_FIRED
 from .block import MATRIX
 from .ffn import DRELU, FFN, activate16, pack_act, standard_down
 from .isa import HAS_AMX
-from .jit import arg, inline, job
+from .jit import arg, function, inline, job
 from .linear import (
     GROUP,
     ROWS,
@@ -76,7 +76,7 @@ def _is_wanted(flags, rows, first, count):
     return flag != 0
 
 
-@inline
+@function
 def _dots(args, matrix, flags, panel, rows, first, count, group, n_group, scratch):
     """Return (how many tokens of the group, where their products with a panel lie [.., ROWS]).
 
@@ -100,7 +100,7 @@ def _dots(args, matrix, flags, panel, rows, first, count, group, n_group, scratc
     return wanted, out
 
 
-@inline
+@function
 def _decide(args, rows, start, n_rows, scratch):
     """act = activation(decider . h), fired, any_fired: for some rows and all tokens.
 
@@ -150,7 +150,7 @@ def _decide(args, rows, start, n_rows, scratch):
                                 store_u8(any_fired + row, np.uint8(1))
 
 
-@inline
+@function
 def _multiply(args, rows, start, n_rows, scratch):
     """act *= up . h for some rows and the tokens for which they fire."""
     n_tok = np.int64(load_i32(arg(args, FFN.counts)))
@@ -188,7 +188,7 @@ def _multiply(args, rows, start, n_rows, scratch):
                             store_f32(act + 4 * where, load_f32(act + 4 * where) * u)
 
 
-@inline
+@function
 def _list_token(args, t, is_listed):
     """active [t] = where in the list of rows the token's neurons are, values [t] = their act."""
     n_ff = arg(args + 8 * FFN.decider, MATRIX.rows)
@@ -224,7 +224,7 @@ def _list_token(args, t, is_listed):
     atomic_add(totals + 24, n_up)
 
 
-@inline
+@function
 def _list_wanted(args, n_tok, n_ff):
     """rows = those that any of few tokens wants; fired, any_fired = 0; return how many rows."""
     mask, any_fired = arg(args, FFN.mask), arg(args, FFN.any_fired)
@@ -239,7 +239,7 @@ def _list_wanted(args, n_tok, n_ff):
     return n
 
 
-@inline
+@function
 def _list_fired(args, n_ff):
     """rows = those that fired for any token; place [row] = where it is in them."""
     any_fired, rows, place, n = (
@@ -255,7 +255,7 @@ def _list_fired(args, n_ff):
     return n
 
 
-@inline
+@function
 def _down(args, rows, n_rows, first, width, scratch):
     """x [n_tok, first : first + width] += act . down_t + down_bias, over a list of rows, or all."""
     n_tok = np.int64(load_i32(arg(args, FFN.counts)))

@@ -26,6 +26,8 @@ from ..paths import cache_dir
 from . import isa, simd
 
 inline = numba.njit(forceinline=True, error_model="numpy")
+# Larger pieces stay functions: copied into every place that uses them they take long to compile.
+function = numba.njit(error_model="numpy")
 _compiling = threading.Lock()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from .block import MATRIX, NORM, layout
 from .elementwise import normalise
 from .gemm import panel_bytes, panel_size
-from .jit import arg, inline, job
+from .jit import arg, function, inline, job
 from .pool import finish, take, wait
 from .rows import SCRATCH, SLACK, pack, pack_stride
 from .simd import (
@@ -72,7 +72,7 @@ def n_tasks_of(matrix, n_threads, n_tok):
     return (rows + size - 1) // size
 
 
-@inline
+@function
 def row_dots(matrix, first, rows, count, x, packed, scratch):
     """Return where float32 [count] lie: rows of a matrix times one token's x, plus their biases.
 
@@ -99,7 +99,7 @@ def row_dots(matrix, first, rows, count, x, packed, scratch):
     return out
 
 
-@inline
+@function
 def unpack_panels(matrix, first, rows, count, scratch):
     """Unpack rows of a matrix, listed, or from `first` on, into panels for panel_dots.
 
@@ -120,7 +120,7 @@ def unpack_panels(matrix, first, rows, count, scratch):
         )
 
 
-@inline
+@function
 def panel_dots(matrix, panel, first, rows, count, x, packs, tokens, n_tok, scratch):
     """Return where float32 [n_tok, ROWS] lie: an unpacked panel times tokens, plus biases.
 
@@ -169,7 +169,7 @@ def products(matrix, panel, first, count, t, n_tok, n_all, x, packs, scratch):
     return panel_dots(matrix, panel, first, 0, count, at, pack_at, 0, n_tok, scratch)
 
 
-@inline
+@function
 def matmul_task(matrix, task, n_threads, n_tok, x, packs, y, y_cols, how, scratch):
     """y [n_tok, y_cols] = or += x [n_tok, cols] @ matrix [rows, cols]^T + bias, for a task's rows.
 
@@ -239,7 +239,7 @@ def embed(args, control, epoch, thread):
     wait(control, 0, epoch, n_tok)
 
 
-@inline
+@function
 def add_to(y, x, first, last):
     """y [first:last] += x [first:last], in float32."""
     end = first + (last - first) // 16 * 16
@@ -254,7 +254,7 @@ def _number(numbers, i):
     return np.int64(load_i32(numbers + 4 * i)) if numbers != 0 else i
 
 
-@inline
+@function
 def add_rows(y, width, piece, numbers, values, count):
     """y [width] += sum of values [count] * float32 rows [width], by numbers (0: in order)."""
     stride, column = 4 * width, 0
@@ -291,7 +291,7 @@ def add_rows(y, width, piece, numbers, values, count):
 # -- norm of some tokens, packed --------------------------------------------------------------
 
 
-@inline
+@function
 def norm_task(norm, x, n, h, packed, ones):
     """h [n] = norm of x, and its pack (when n is whole blocks); `norm`: words of a NORM."""
     normalise(

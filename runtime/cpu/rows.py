@@ -22,7 +22,7 @@ import numpy as np
 
 from ..formats import BLOCK_SIZES, COMPUTE_TYPES, SMALLEST_AMAX, GGMLType
 from .isa import Q8_BIAS
-from .jit import Kernel, inline
+from .jit import Kernel, function, inline
 from .simd import (
     absolute,
     add,
@@ -105,7 +105,7 @@ def pack_stride(n):
 pack_bytes = pack_stride.py_func
 
 
-@inline
+@function
 def pack(x, n, out, ones):
     """Round float32 x [n] (n a multiple of 32) into its planes at `out`.
 
