@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/infer --demo -p "In the beginning" -n 64 --temp 0.7 --seed 11
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # The finished demo model from the checkpoint beside it.
 demo-model: .venv/installed-test
