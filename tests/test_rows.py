@@ -82,11 +82,11 @@ def check_rows(types=TYPES):
             value, factor = np.zeros(1, np.float32), np.array([0.7], np.float32)
             packed, spare = packs.bytes.ctypes.data, scratch.bytes.ctypes.data
             size, out = raw.size, value.ctypes.data
-            call(rows.DOTS[type_], row, size, n, 0, 1, x_at, packed, spare, out)
+            call(rows.DOTS[type_], row, size, n, 0, 1, row, 0, x_at, packed, spare, out)
             error = abs(value[0] - w @ seen)
             assert error <= 1e-6 * np.abs(w * seen).sum() + 1e-30, (type_, n)
             y_at = target.holding(y.view(np.uint8))
-            call(rows.AXPYS[type_], row, size, n, 0, 1, factor.ctypes.data, y_at)
+            call(rows.AXPYS[type_], row, size, n, 0, 1, row, 0, factor.ctypes.data, y_at)
             expected = y + np.float32(0.7) * w
             error = np.abs(target.bytes.view(np.float32) - expected).max()
             assert error <= 1e-6 * np.abs(expected).max(), (type_, n)
@@ -96,7 +96,7 @@ def read_past_the_end():
     """What the fence is for: one weight too many."""
     row, x = Guarded(64), np.zeros(17, np.float32)
     at = row.holding(np.zeros(64, np.uint8))
-    call(rows.DOTS[GGMLType.F32], at, 64, 17, 0, 1, x.ctypes.data, 0, 0, x.ctypes.data)
+    call(rows.DOTS[GGMLType.F32], at, 64, 17, 0, 1, at, 0, x.ctypes.data, 0, 0, x.ctypes.data)
 
 
 def test_lists_of_rows():
@@ -120,7 +120,7 @@ def test_lists_of_rows():
         for order, where, count in ((range(9), 0, 9), ([7, 0, 3, 3], listed.ctypes.data, 4)):
             out, y = np.zeros(count, np.float32), np.zeros(n, np.float32)
             values = rng.standard_normal(count).astype(np.float32)
-            head = raw.ctypes.data, raw.shape[1], n, where, count
+            head = raw.ctypes.data, raw.shape[1], n, where, count, 0, where
             at = x.ctypes.data, packed.ctypes.data, scratch.ctypes.data, out.ctypes.data
             call(rows.DOTS[type_], *head, *at)
             scale = np.abs(w[list(order)] * seen).sum(axis=1).max()

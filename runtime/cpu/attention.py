@@ -13,8 +13,9 @@ from .gemm import panel_bytes, panel_size
 from .jit import arg, function, inline, job
 from .linear import STORE, WORK, add_rows, add_to, matmul_task, n_tasks_of, norm_task
 from .pool import finish, take, wait
-from .rows import F16, fill_zero, pack_stride
+from .rows import F16, fill_zero, lead, pack_stride
 from .simd import (
+    call_axpys,
     call_dots,
     call_rows,
     load_f32,
@@ -171,7 +172,7 @@ def _single(args, t, head, split, scratch):
     head_bytes = head_dim * (2 if arg(args, ATTEND.kv_type) == F16 else 4)
     row = np.int64(load_i32(arg(args, ATTEND.rows) + 4 * t))
     length = np.int64(load_i32(arg(args, ATTEND.positions) + 4 * t)) + 1
-    start = split * SPLIT
+    start, ahead = split * SPLIT, lead(head_bytes) * head_bytes
     n = min(SPLIT, length - start)
     scores, group = scratch + WORK, n_head // n_head_kv
     for i in range(head * group, (head + 1) * group):
@@ -186,6 +187,8 @@ def _single(args, t, head, split, scratch):
                 head_dim,
                 0,
                 min(PAGE, n - j),
+                k + ahead,
+                0,
                 q,
                 0,
                 scratch,
@@ -203,8 +206,8 @@ def _single(args, t, head, split, scratch):
         for j in range(0, n, PAGE):
             at = _slot(pages, pages_cols, row, start + j, head, n_head_kv, head_bytes)
             v, count = arg(args, ATTEND.v_cache) + at, min(PAGE, n - j)
-            axpys = arg(args, ATTEND.axpys)
-            call_rows(axpys, v, head_bytes, head_dim, 0, count, scores + 4 * j, a)
+            axpys, weights = arg(args, ATTEND.axpys), scores + 4 * j
+            call_axpys(axpys, v, head_bytes, head_dim, 0, count, v + ahead, 0, weights, a)
         if length <= SPLIT:
             scale_by(a, head_dim, np.float32(1) / total)
 

@@ -27,13 +27,15 @@ from .linear import (
     matmul_task,
     n_tasks_of,
     row_dots,
+    rows_ahead,
     rows_per_task,
 )
 from .pool import finish, take, wait
-from .rows import fill_zero, pack, pack_stride
+from .rows import fill_zero, pack, pack_stride, row_number
 from .simd import (
+    append_numbers,
     atomic_add,
-    call_rows,
+    call_axpys,
     load_f32,
     load_f32x16,
     load_i32,
@@ -63,7 +65,7 @@ ACTIVATIONS = {
 
 FFN = layout(
     "counts h packs ones mask has_mask is_dense act rows n_rows fired active n_active values "
-    "activation threshold x down_bias lanes totals act_packs any_fired place scratch scratch_bytes "
+    "activation threshold x down_bias lanes totals act_packs wanted place scratch scratch_bytes "
     "n_threads is_transposed width decider:MATRIX up:MATRIX down:MATRIX"
 )
 
@@ -104,22 +106,35 @@ def activate16(kind, x, threshold):
 
 
 @function
+def list_rows(flags, n, rows):
+    """List the numbers of the bytes `flags` [n] that are set; return how many."""
+    count = 0
+    for row in range(0, n - 15, 16):
+        count += append_numbers(rows + 4 * count, flags + row, np.int32(row))
+    for row in range(n // 16 * 16, n):
+        store_i32(rows + 4 * count, np.int32(row))
+        count += np.int64(load_u8(flags + row) != 0)
+    return count
+
+
+@function
 def _decide(decider, first, rows, count, h, packed, kind, threshold, act, fired, scratch):
     """act = activation(rows of the decider . h), fired = whether that is not 0; both by row."""
-    out = row_dots(decider, first, rows, count, h, packed, scratch)
+    ahead = rows_ahead(decider, first, rows)
+    out = row_dots(decider, first, rows, count, ahead, h, packed, scratch)
     for i in range(count):
-        row = np.int64(load_i32(rows + 4 * i)) if rows != 0 else first + i
+        row = first + row_number(rows, i)
         g = activate(kind, load_f32(out + 4 * i), threshold)
         store_f32(act + 4 * row, g)
         store_u8(fired + row, np.uint8(FIRED if g != 0 else 0))
 
 
 @function
-def _multiply(up, rows, count, h, packed, kind, act, fired, scratch):
+def _multiply(up, rows, count, ahead, h, packed, kind, act, fired, scratch):
     """act *= listed rows of up . h; drelu: a neuron whose up is negative has not fired."""
-    out = row_dots(up, 0, rows, count, h, packed, scratch)
+    out = row_dots(up, 0, rows, count, ahead, h, packed, scratch)
     for i in range(count):
-        row, u = np.int64(load_i32(rows + 4 * i)), load_f32(out + 4 * i)
+        row, u = row_number(rows, i), load_f32(out + 4 * i)
         if kind == DRELU:
             u = max(u, np.float32(0))
             if u == 0 and load_u8(fired + row) != 0:
@@ -128,44 +143,57 @@ def _multiply(up, rows, count, h, packed, kind, act, fired, scratch):
 
 
 @function
-def _lane(args, n_active, lane, y, scratch):
-    """y [n_embd] = the lane's share of the down projection.
+def _lanes(args, n_active, task, n_lanes, scratch):
+    """Let some lanes be their share of the down projection, y [n_embd] each.
 
     Reads the rows of up and of down for the neurons of the list: up may silence some more (drelu),
     whose rows of down are not read. In the standard layout of down only act is made.
+
+    ROWS neurons at a time, and while rows of one matrix are multiplied those of the other come.
     """
     decider, up, down = args + 8 * FFN.decider, args + 8 * FFN.up, args + 8 * FFN.down
-    n_embd, act = arg(decider, MATRIX.cols), arg(args, FFN.act)
+    n_embd, act, kind = arg(decider, MATRIX.cols), arg(args, FFN.act), arg(args, FFN.activation)
     active, fired, values = arg(args, FFN.active), arg(args, FFN.fired), arg(args, FFN.values)
     h, packed = arg(args, FFN.h), arg(args, FFN.packs)
-    first, last = n_active * lane // LANES, n_active * (lane + 1) // LANES
-    n, n_fired = first, 0
-    for i in range(first, last, ROWS):
-        count, rows = min(ROWS, last - i), active + 4 * i
-        if arg(up, MATRIX.data) != 0:
-            kind = arg(args, FFN.activation)
-            _multiply(up, rows, count, h, packed, kind, act, fired, scratch)
-        for j in range(i, i + count):
-            row = np.int64(load_i32(active + 4 * j))
-            has_fired = load_u8(fired + row) == FIRED
-            n_fired += np.int64(has_fired)
-            if has_fired or arg(args, FFN.is_dense) != 0:  # the control takes all, for nothing
-                store_i32(active + 4 * n, np.int32(row))
-                store_f32(values + 4 * n, load_f32(act + 4 * row))
-                n += 1
-    atomic_add(arg(args, FFN.totals) + 24, n_fired)
-    fill_zero(y, n_embd)
-    if arg(args, FFN.is_transposed) != 0:
-        call_rows(
-            arg(down, MATRIX.axpys),
-            arg(down, MATRIX.data),
-            arg(down, MATRIX.row_bytes),
-            n_embd,
-            active + 4 * first,
-            n - first,
-            values + 4 * first,
-            y,
-        )
+    up_data, down_data = arg(up, MATRIX.data), arg(down, MATRIX.data)
+    down_bytes, is_dense = arg(down, MATRIX.row_bytes), arg(args, FFN.is_dense) != 0
+    is_transposed = arg(args, FFN.is_transposed) != 0
+    in_turns = up_data != 0 and is_transposed and arg(up, MATRIX.row_bytes) == down_bytes
+    first_lane, last_lane = task * n_lanes, min((task + 1) * n_lanes, LANES)
+    end = n_active * last_lane // LANES
+    for lane in range(first_lane, last_lane):
+        y = arg(args, FFN.lanes) + 4 * n_embd * lane
+        fill_zero(y, n_embd)
+        first, last, n_fired = n_active * lane // LANES, n_active * (lane + 1) // LANES, 0
+        for i in range(first, last, ROWS):
+            count, rows, weights, n = min(ROWS, last - i), active + 4 * i, values + 4 * i, 0
+            next_rows = rows + 4 * count if i + count < end else rows
+            if up_data != 0:
+                ahead = (down_data, rows) if in_turns else rows_ahead(up, 0, rows)
+                _multiply(up, rows, count, ahead, h, packed, kind, act, fired, scratch)
+            for j in range(count):
+                row = row_number(rows, j)
+                has_fired = load_u8(fired + row) == FIRED
+                n_fired += np.int64(has_fired)
+                if has_fired or is_dense:  # the control takes all, for nothing
+                    store_i32(rows + 4 * n, np.int32(row))
+                    store_f32(weights + 4 * n, load_f32(act + 4 * row))
+                    n += 1
+            if is_transposed:
+                ahead = (up_data, next_rows) if in_turns else rows_ahead(down, 0, rows)
+                call_axpys(
+                    arg(down, MATRIX.axpys),
+                    down_data,
+                    down_bytes,
+                    n_embd,
+                    rows,
+                    n,
+                    ahead[0],
+                    ahead[1],
+                    weights,
+                    y,
+                )
+        atomic_add(arg(args, FFN.totals) + 24, n_fired)
 
 
 @job
@@ -190,18 +218,18 @@ def ffn(args, control, epoch, thread):
         task = take(control, 0, epoch, n_tasks)
         if task < 0:
             break
-        n = 0
-        for row in range(n_ff):
-            store_i32(rows + 4 * n, np.int32(row))
+        fill_zero(fired, n_ff // 4)
+        for row in range(n_ff // 4 * 4, n_ff):
             store_u8(fired + row, np.uint8(0))
-            n += np.int64(load_u8(mask + row))
-        store_i32(n_rows_at, np.int32(n))
+        store_i32(n_rows_at, np.int32(list_rows(mask, n_ff, rows)))
         finish(control, 0)
     if not wait(control, 0, epoch, n_tasks):
         return
     n_rows = np.int64(load_i32(n_rows_at)) if has_mask else n_ff
 
     size = rows_per_task(n_rows, n_embd, n_threads, 1)
+    if has_mask:  # a list is short, and what is prefetched behind a task is lost
+        size *= 2
     n_tasks = (n_rows + size - 1) // size
     while True:
         task = take(control, 1, epoch, n_tasks)
@@ -229,14 +257,11 @@ def ffn(args, control, epoch, thread):
         task = take(control, 2, epoch, 1)
         if task < 0:
             break
-        n, n_up = 0, 0
-        for i in range(n_rows):
-            row = np.int64(load_i32(rows + 4 * i)) if has_mask else i
-            flag = np.int64(load_u8(fired + row) != 0)
-            store_i32(active + 4 * n, np.int32(row))
-            n_up += flag
-            n += 1 if is_dense else flag
-        store_i32(n_active_at, np.int32(n))
+        n_up = list_rows(fired, n_ff, active)
+        if is_dense:
+            for row in range(n_ff):
+                store_i32(active + 4 * row, np.int32(row))
+        store_i32(n_active_at, np.int32(n_ff if is_dense else n_up))
         totals = arg(args, FFN.totals)
         atomic_add(totals, 1)
         atomic_add(totals + 8, n_rows)
@@ -246,13 +271,15 @@ def ffn(args, control, epoch, thread):
         return
 
     lanes, n_active = arg(args, FFN.lanes), np.int64(load_i32(n_active_at))
+    n_lanes = max(LANES // (4 * n_threads), 1)  # in a task
+    n_tasks = (LANES + n_lanes - 1) // n_lanes
     while True:
-        lane = take(control, 3, epoch, LANES)
-        if lane < 0:
+        task = take(control, 3, epoch, n_tasks)
+        if task < 0:
             break
-        _lane(args, n_active, lane, lanes + lane * n_embd * 4, scratch)
+        _lanes(args, n_active, task, n_lanes, scratch)
         finish(control, 3)
-    if not wait(control, 3, epoch, LANES):
+    if not wait(control, 3, epoch, n_tasks):
         return
 
     if arg(args, FFN.is_transposed) == 0:
@@ -330,6 +357,7 @@ def audit(args, control, epoch, thread):
                 for row in range(first, first + count):
                     store_i32(listed + 4 * n, np.int32(row))
                     n += np.int64(load_u8(truth + row) != 0)
-                _multiply(up, listed, n, h, packed, kind, act, truth, scratch)
+                ahead = rows_ahead(up, 0, listed)
+                _multiply(up, listed, n, ahead, h, packed, kind, act, truth, scratch)
         finish(control, 0)
     wait(control, 0, epoch, n_tasks)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..step import FIRED, HALF_FIRED
 from .block import MATRIX
-from .ffn import DRELU, FFN, activate16, pack_act, standard_down
+from .ffn import DRELU, FFN, activate16, list_rows, pack_act, standard_down
 from .isa import HAS_AMX
 from .jit import arg, function, inline, job
 from .linear import (
@@ -29,8 +29,10 @@ from .linear import (
     unpack_panels,
 )
 from .pool import finish, take, wait
-from .rows import fill_zero, pack_stride
+from .rows import fill_zero, pack_stride, row_number
 from .simd import (
+    append_numbers,
+    append_values,
     atomic_add,
     call_rows,
     count_ones,
@@ -46,7 +48,6 @@ from .simd import (
     store_i64,
     store_not_zero,
     store_u8,
-    store_where_set,
     where_set,
 )
 
@@ -61,18 +62,13 @@ def down_bytes(n_tok: int) -> int:
 
 
 @inline
-def _row(rows, first, i):
-    return np.int64(load_i32(rows + 4 * i)) if rows != 0 else first + i
-
-
-@inline
 def _is_wanted(flags, rows, first, count):
-    """Whether any of the bytes `flags` is set, of 16 rows: listed, or `first` and those behind."""
+    """Whether any of the bytes `flags` is set, of 16 rows, as row_dots takes them."""
     if rows == 0 and count == ROWS:
         return (load_i64(flags + first) | load_i64(flags + first + 8)) != 0
     flag = np.int64(0)
     for i in range(count):
-        flag |= np.int64(load_u8(flags + _row(rows, first, i)))
+        flag |= np.int64(load_u8(flags + first + row_number(rows, i)))
     return flag != 0
 
 
@@ -102,24 +98,24 @@ def _dots(args, matrix, flags, panel, rows, first, count, group, n_group, scratc
 
 @function
 def _decide(args, rows, start, n_rows, scratch):
-    """act = activation(decider . h), fired, any_fired: for some rows and all tokens.
+    """act = activation(decider . h), fired: for some rows and all tokens.
 
-    `rows`: the address of a list, or 0 for the rows from `start` on.
+    `rows`: the address of a list (`start` is 0 then), or 0 for the rows from `start` on.
     """
     n_tok = np.int64(load_i32(arg(args, FFN.counts)))
     decider = args + 8 * FFN.decider
     n_ff, mask = arg(decider, MATRIX.rows), arg(args, FFN.mask)
     has_mask = arg(args, FFN.has_mask) != 0
     kind, threshold = arg(args, FFN.activation), load_f32(arg(args, FFN.threshold))
-    act, fired, any_fired = arg(args, FFN.act), arg(args, FFN.fired), arg(args, FFN.any_fired)
+    act, fired = arg(args, FFN.act), arg(args, FFN.fired)
     flags, tokens = mask if has_mask else 0, token_list(arg(decider, MATRIX.cols), scratch)
     if n_tok > GROUP:
         unpack_panels(decider, start, rows, n_rows, scratch)
     for group in range(0, n_tok, GROUP):
         n_group = min(GROUP, n_tok - group)
         for i in range(0, n_rows, ROWS):
-            first, count = start + i, min(ROWS, n_rows - i)
-            listed, panel = rows + 4 * i if rows != 0 else 0, i // ROWS
+            count, panel = min(ROWS, n_rows - i), i // ROWS
+            first, listed = (0, rows + 4 * i) if rows != 0 else (start + i, 0)
             if n_tok <= GROUP:
                 panel = 0
                 unpack_panels(decider, first, listed, count, scratch)
@@ -136,18 +132,13 @@ def _decide(args, rows, start, n_rows, scratch):
                         g = where_set(g, mask + where)
                     store_f32x16(act + 4 * where, g)
                     store_not_zero(fired + where, g)
-                    for word in range(0, ROWS, 8):
-                        bits = load_i64(any_fired + first + word) | load_i64(fired + where + word)
-                        store_i64(any_fired + first + word, bits)
                 else:
                     for j in range(count):
-                        row = _row(listed, first, j)
-                        one, where = load_f32(at + 4 * j), token + row
+                        one, where = load_f32(at + 4 * j), token + first + row_number(listed, j)
                         if not has_mask or load_u8(mask + where) != 0:
                             store_f32(act + 4 * where, one)
                             if one != 0:
                                 store_u8(fired + where, np.uint8(FIRED))
-                                store_u8(any_fired + row, np.uint8(1))
 
 
 @function
@@ -164,8 +155,8 @@ def _multiply(args, rows, start, n_rows, scratch):
     for group in range(0, n_tok, GROUP):
         n_group = min(GROUP, n_tok - group)
         for i in range(0, n_rows, ROWS):
-            first, count = start + i, min(ROWS, n_rows - i)
-            listed, panel = rows + 4 * i if rows != 0 else 0, i // ROWS
+            count, panel = min(ROWS, n_rows - i), i // ROWS
+            first, listed = (0, rows + 4 * i) if rows != 0 else (start + i, 0)
             if n_tok <= GROUP:
                 panel = 0
                 unpack_panels(up, first, listed, count, scratch)
@@ -178,7 +169,7 @@ def _multiply(args, rows, start, n_rows, scratch):
                     store_f32x16(where, mul(load_f32x16(where), load_f32x16(at)))
                 else:
                     for j in range(count):
-                        where, u = token + _row(listed, first, j), load_f32(at + 4 * j)
+                        where, u = token + first + row_number(listed, j), load_f32(at + 4 * j)
                         if is_dense or load_u8(fired + where) != 0:
                             if kind == DRELU:
                                 u = max(u, np.float32(0))
@@ -197,7 +188,8 @@ def _list_token(args, t, is_listed):
     is_dense, n, n_up = arg(args, FFN.is_dense) != 0, 0, 0
     for row in range(0, 0 if is_dense else n_ff - 15, 16):
         flags, x = fired + row, load_f32x16(act + 4 * row)
-        n += store_where_set(active + 4 * n, values + 4 * n, flags, np.int32(row), x)
+        append_values(values + 4 * n, flags, x)
+        n += append_numbers(active + 4 * n, flags, np.int32(row))
     n_up = n
     for row in range(0 if is_dense else n_ff // 16 * 16, n_ff):
         flag = np.int64(load_u8(fired + row) != 0)
@@ -225,34 +217,20 @@ def _list_token(args, t, is_listed):
 
 
 @function
-def _list_wanted(args, n_tok, n_ff):
-    """rows = those that any of few tokens wants; fired, any_fired = 0; return how many rows."""
-    mask, any_fired = arg(args, FFN.mask), arg(args, FFN.any_fired)
-    rows, n = arg(args, FFN.rows), 0
-    for row in range(n_ff):
-        flag = np.int64(0)
-        for t in range(n_tok):
-            flag |= np.int64(load_u8(mask + t * n_ff + row))
-        store_u8(any_fired + row, np.uint8(0))
-        store_i32(rows + 4 * n, np.int32(row))
-        n += flag
-    return n
-
-
-@function
-def _list_fired(args, n_ff):
-    """rows = those that fired for any token; place [row] = where it is in them."""
-    any_fired, rows, place, n = (
-        arg(args, FFN.any_fired),
-        arg(args, FFN.rows),
-        arg(args, FFN.place),
-        0,
-    )
-    for row in range(n_ff):
-        store_i32(rows + 4 * n, np.int32(row))
-        store_i32(place + 4 * row, np.int32(n))
-        n += np.int64(load_u8(any_fired + row) != 0)
-    return n
+def _list_any(args, flags, n_tok):
+    """rows = those with a flag [n_tok, n_ff] for any of few tokens; return how many."""
+    n_ff, wanted = arg(args + 8 * FFN.decider, MATRIX.rows), arg(args, FFN.wanted)
+    for row in range(0, n_ff - 7, 8):
+        eight = load_i64(flags + row)
+        for t in range(1, n_tok):
+            eight |= load_i64(flags + t * n_ff + row)
+        store_i64(wanted + row, eight)
+    for row in range(n_ff // 8 * 8, n_ff):
+        one = load_u8(flags + row)
+        for t in range(1, n_tok):
+            one |= load_u8(flags + t * n_ff + row)
+        store_u8(wanted + row, one)
+    return list_rows(wanted, n_ff, arg(args, FFN.rows))
 
 
 @function
@@ -323,10 +301,7 @@ def ffn_batch(args, control, epoch, thread):
             for row in range(n_ff // 4 * 4, n_ff):
                 store_u8(arg(args, FFN.fired) + (task - 1) * n_ff + row, np.uint8(0))
         elif is_masked:
-            store_i32(n_rows_at, np.int32(_list_wanted(args, n_tok, n_ff)))
-        elif is_listed:
-            for row in range(n_ff):
-                store_u8(arg(args, FFN.any_fired) + row, np.uint8(0))
+            store_i32(n_rows_at, np.int32(_list_any(args, arg(args, FFN.mask), n_tok)))
         finish(control, 0)
     if not wait(control, 0, epoch, n_tasks):
         return
@@ -341,8 +316,8 @@ def ffn_batch(args, control, epoch, thread):
         if task < 0:
             break
         first = task * size
-        listed = rows + 4 * first if rows != 0 else 0
-        _decide(args, listed, first, min(size, n_rows - first), scratch)
+        start, listed = (0, rows + 4 * first) if rows != 0 else (first, 0)
+        _decide(args, listed, start, min(size, n_rows - first), scratch)
         finish(control, 1)
     if not wait(control, 1, epoch, n_tasks):
         return
@@ -352,7 +327,11 @@ def ffn_batch(args, control, epoch, thread):
         task = take(control, 2, epoch, n_tasks)
         if task < 0:
             break
-        store_i32(n_rows_at + 4, np.int32(_list_fired(args, n_ff)))
+        n = _list_any(args, arg(args, FFN.fired), n_tok)
+        for i in range(n):
+            row = np.int64(load_i32(arg(args, FFN.rows) + 4 * i))
+            store_i32(arg(args, FFN.place) + 4 * row, np.int32(i))
+        store_i32(n_rows_at + 4, np.int32(n))
         finish(control, 2)
     if not wait(control, 2, epoch, n_tasks):
         return
@@ -366,8 +345,8 @@ def ffn_batch(args, control, epoch, thread):
         if task < 0:
             break
         first = task * size
-        listed = rows + 4 * first if rows != 0 else 0
-        _multiply(args, listed, first, min(size, n_rows - first), scratch)
+        start, listed = (0, rows + 4 * first) if rows != 0 else (first, 0)
+        _multiply(args, listed, start, min(size, n_rows - first), scratch)
         finish(control, 3)
     if not wait(control, 3, epoch, n_tasks):
         return

@@ -9,7 +9,7 @@ from .elementwise import normalise
 from .gemm import panel_bytes, panel_size
 from .jit import arg, function, inline, job
 from .pool import finish, take, wait
-from .rows import SCRATCH, SLACK, pack, pack_stride
+from .rows import SCRATCH, SLACK, lead, pack, pack_stride, row_number
 from .simd import (
     add,
     call_dots,
@@ -72,11 +72,21 @@ def n_tasks_of(matrix, n_threads, n_tok):
     return (rows + size - 1) // size
 
 
+@inline
+def rows_ahead(matrix, first, rows):
+    """Return (next_w, next_rows) of rows.DOTS for a matrix that is read in order."""
+    data, size = arg(matrix, MATRIX.data), arg(matrix, MATRIX.row_bytes)
+    if rows != 0:
+        return data, rows + 4 * lead(size)
+    return data + (first + lead(size)) * size, np.int64(0)
+
+
 @function
-def row_dots(matrix, first, rows, count, x, packed, scratch):
+def row_dots(matrix, first, rows, count, ahead, x, packed, scratch):
     """Return where float32 [count] lie: rows of a matrix times one token's x, plus their biases.
 
-    `rows`: the address of a list of row numbers, or 0 for the rows from `first` on; at most ROWS.
+    `rows`: the address of a list of row numbers (`first` is 0 then), or 0 for the rows from
+    `first` on; at most ROWS. `ahead`: what is prefetched meanwhile, as rows_ahead says.
     """
     out, row_bytes = scratch + SUMS, arg(matrix, MATRIX.row_bytes)
     call_dots(
@@ -86,6 +96,8 @@ def row_dots(matrix, first, rows, count, x, packed, scratch):
         arg(matrix, MATRIX.cols),
         rows,
         count,
+        ahead[0],
+        ahead[1],
         x,
         packed,
         scratch,
@@ -94,7 +106,7 @@ def row_dots(matrix, first, rows, count, x, packed, scratch):
     bias = arg(matrix, MATRIX.bias)
     if bias != 0:
         for i in range(count):
-            row = np.int64(load_i32(rows + 4 * i)) if rows != 0 else first + i
+            row = first + row_number(rows, i)
             store_f32(out + 4 * i, load_f32(out + 4 * i) + load_f32(bias + 4 * row))
     return out
 
@@ -142,7 +154,7 @@ def panel_dots(matrix, panel, first, rows, count, x, packs, tokens, n_tok, scrat
     bias = arg(matrix, MATRIX.bias)
     if bias != 0:
         for i in range(count):
-            row = np.int64(load_i32(rows + 4 * i)) if rows != 0 else first + i
+            row = first + row_number(rows, i)
             value = load_f32(bias + 4 * row)
             for t in range(n_tok):
                 at = out + 64 * t + 4 * i
@@ -164,7 +176,7 @@ def products(matrix, panel, first, count, t, n_tok, n_all, x, packs, scratch):
     """
     n = arg(matrix, MATRIX.cols)
     if n_all == 1:
-        return row_dots(matrix, first, 0, count, x, packs, scratch)
+        return row_dots(matrix, first, 0, count, rows_ahead(matrix, first, 0), x, packs, scratch)
     at, pack_at = x + 4 * n * t, packs + pack_stride(n) * t
     return panel_dots(matrix, panel, first, 0, count, at, pack_at, 0, n_tok, scratch)
 
@@ -249,11 +261,6 @@ def add_to(y, x, first, last):
         store_f32(y + 4 * i, load_f32(y + 4 * i) + load_f32(x + 4 * i))
 
 
-@inline
-def _number(numbers, i):
-    return np.int64(load_i32(numbers + 4 * i)) if numbers != 0 else i
-
-
 @function
 def add_rows(y, width, piece, numbers, values, count):
     """y [width] += sum of values [count] * float32 rows [width], by numbers (0: in order)."""
@@ -264,7 +271,7 @@ def add_rows(y, width, piece, numbers, values, count):
         c, d = load_f32x16(at + 128), load_f32x16(at + 192)
         for i in range(count):
             v = splat(load_f32(values + 4 * i))
-            r = w + _number(numbers, i) * stride
+            r = w + row_number(numbers, i) * stride
             a, b = fma(v, load_f32x16(r), a), fma(v, load_f32x16(r + 64), b)
             c, d = fma(v, load_f32x16(r + 128), c), fma(v, load_f32x16(r + 192), d)
         store_f32x16(at, a)
@@ -275,14 +282,14 @@ def add_rows(y, width, piece, numbers, values, count):
     while column + 16 <= width:
         total = load_f32x16(y + 4 * column)
         for i in range(count):
-            r = piece + 4 * column + _number(numbers, i) * stride
+            r = piece + 4 * column + row_number(numbers, i) * stride
             total = fma(splat(load_f32(values + 4 * i)), load_f32x16(r), total)
         store_f32x16(y + 4 * column, total)
         column += 16
     while column < width:
         one = load_f32(y + 4 * column)
         for i in range(count):
-            r = piece + 4 * column + _number(numbers, i) * stride
+            r = piece + 4 * column + row_number(numbers, i) * stride
             one = fma1(load_f32(values + 4 * i), load_f32(r), one)
         store_f32(y + 4 * column, one)
         column += 1

@@ -77,9 +77,13 @@ def op(result: Any, *params: Any) -> Callable[[Callable[..., Any]], Any]:
 
                 def made(typingctx, a, b, c, d, e, f, g, h):
                     return signature, codegen
-            case _:
+            case 10:
 
                 def made(typingctx, a, b, c, d, e, f, g, h, i, j):
+                    return signature, codegen
+            case _:
+
+                def made(typingctx, a, b, c, d, e, f, g, h, i, j, k, m):
                     return signature, codegen
 
         made.__name__ = made.__qualname__ = build.__name__

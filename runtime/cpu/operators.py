@@ -109,7 +109,7 @@ class CPU:
             "rows": self._ints(c.n_ff + SLACK),
             "n_rows": self._ints(2),
             "fired": b.fired,
-            "any_fired": self._bytes(c.n_ff),
+            "wanted": self._bytes(c.n_ff),
             "place": self._ints(c.n_ff),
             "active": self._ints(n_tok * c.n_ff + SLACK),
             "values": self._floats(n_tok, c.n_ff),

@@ -307,18 +307,6 @@ def dot_float(type_, w, n, x, ahead):
     return total
 
 
-@inline
-def axpy_float(type_, w, n, a, y, ahead):
-    """y += a * w with weights widened to float32; call it with a constant type."""
-    scale = splat(a)
-    for i in range(0, n - 15, 16):
-        if type_ <= F16 or type_ == BF16:
-            prefetch(w + (4 if type_ == F32 else 2) * i + ahead)
-        store_f32x16(y + 4 * i, fma(load16(type_, w, i), scale, load_f32x16(y + 4 * i)))
-    for i in range(n // 16 * 16, n):
-        store_f32(y + 4 * i, fma1(load1(type_, w, i), a, load_f32(y + 4 * i)))
-
-
 # Two rows at a time, so that y is read and written half as often: y += a * v + b * w. The sums are
 # those of one row after the other.
 
@@ -375,21 +363,28 @@ def fill_zero(y, n):
 #
 # A few for each format, compiled when a model first needs it; jobs call them by the addresses
 # in a MATRIX, once for a task, and so know nothing of formats. `rows` is a list of int32 row
-# numbers, or 0 for the `count` rows from `w` on. Behind a list SLACK more numbers must be
-# readable, whatever they are: the rows that they name are prefetched.
+# numbers, or 0 for the `count` rows from `w` on. While a row is read another is prefetched: of
+# `next_rows`, or from `next_w` on, as many. Behind a list SLACK more numbers must be readable,
+# whatever they are: prefetching takes any address.
 
 
 @inline
-def _row(rows, i):
+def row_number(rows, i):
+    """Return the i-th number of a list of rows; without one, i."""
     return np.int64(load_i32(rows + 4 * i)) if rows != 0 else i
 
 
+@inline
+def lead(row_bytes):
+    """Return how many rows lie between the one that is read and the one that is prefetched."""
+    return min((AHEAD + row_bytes - 1) // row_bytes, SLACK)
+
+
 def _make_dots(type_):
-    def dots(w, row_bytes, n, rows, count, x, packed, scratch, out):
-        k = min((AHEAD + row_bytes - 1) // row_bytes, 8)
+    def dots(w, row_bytes, n, rows, count, next_w, next_rows, x, packed, scratch, out):
         for i in range(count):
-            row = _row(rows, i)
-            at, ahead = w + row * row_bytes, (_row(rows, i + k) - row) * row_bytes
+            at = w + row_number(rows, i) * row_bytes
+            ahead = next_w + row_number(next_rows, i) * row_bytes - at
             if type_ in (Q4_0, Q8_0):
                 value = _dot_blocks(type_, at, n, packed, scratch, ahead)
             elif type_ == Q6_K:
@@ -398,27 +393,25 @@ def _make_dots(type_):
                 value = dot_float(type_, at, n, x, ahead)
             store_f32(out + 4 * i, value)
 
-    return Kernel(dots, 9, f"dots_{GGMLType(type_).name}")
+    return Kernel(dots, 11, f"dots_{GGMLType(type_).name}")
 
 
 def _make_axpys(type_):
-    def axpys(w, row_bytes, n, rows, count, values, y):
-        k = min((AHEAD + row_bytes - 1) // row_bytes, 8)
+    def axpys(w, row_bytes, n, rows, count, next_w, next_rows, values, y):
         for i in range(0, count, 2):
             # A last row without a partner is added together with 0 times itself.
             j = min(i + 1, count - 1)
-            row, other = _row(rows, i), _row(rows, j)
             a = load_f32(values + 4 * i)
             b = load_f32(values + 4 * j) if j > i else np.float32(0)
-            v, u = w + row * row_bytes, w + other * row_bytes
-            ahead_v = (_row(rows, i + k) - row) * row_bytes
-            ahead_u = (_row(rows, j + k) - other) * row_bytes
+            v, u = w + row_number(rows, i) * row_bytes, w + row_number(rows, j) * row_bytes
+            ahead_v = next_w + row_number(next_rows, i) * row_bytes - v
+            ahead_u = next_w + row_number(next_rows, j) * row_bytes - u
             if type_ in (Q4_0, Q8_0):
                 _axpy2_blocks(type_, v, u, n, a, b, y, ahead_v, ahead_u)
             else:
                 _axpy2_float(type_, v, u, n, a, b, y, ahead_v, ahead_u)
 
-    return Kernel(axpys, 7, f"axpys_{GGMLType(type_).name}")
+    return Kernel(axpys, 9, f"axpys_{GGMLType(type_).name}")
 
 
 def _make_widen(type_):
@@ -426,8 +419,8 @@ def _make_widen(type_):
 
     def widen(w, row_bytes, n, rows, count, out, out_bytes):
         for i in range(count):
-            at, to = w + _row(rows, i) * row_bytes, out + i * out_bytes
-            ahead = w + _row(rows, i + 8) * row_bytes
+            at, to = w + row_number(rows, i) * row_bytes, out + i * out_bytes
+            ahead = w + row_number(rows, i + 8) * row_bytes
             for line in range(0, n // block_size * block_bytes, 64):
                 prefetch(ahead + line)
             if type_ in (Q4_0, Q8_0):
@@ -446,10 +439,11 @@ def _make_widen(type_):
     return Kernel(widen, 7, f"widen_{GGMLType(type_).name}")
 
 
-# dots(w, row_bytes, n, rows, count, x, packed, scratch, out): out [count] = rows . activations,
-# float32 `x` [n], or `packed` where the format is integer.
+# dots(w, row_bytes, n, rows, count, next_w, next_rows, x, packed, scratch, out): out [count] =
+# rows . activations, float32 `x` [n], or `packed` where the format is integer.
 DOTS = {int(type_): _make_dots(int(type_)) for type_ in COMPUTE_TYPES}
-# axpys(w, row_bytes, n, rows, count, values, y): y [n] += sum of values [count] * rows, float32.
+# axpys(w, row_bytes, n, rows, count, next_w, next_rows, values, y): y [n] += sum of
+# values [count] * rows, float32.
 AXPYS = {int(type_): _make_axpys(int(type_)) for type_ in COMPUTE_TYPES}
 # widen(w, row_bytes, n, rows, count, out, out_bytes): the rows as float32 [n], out_bytes apart.
 WIDENS = {int(type_): _make_widen(int(type_)) for type_ in COMPUTE_TYPES}

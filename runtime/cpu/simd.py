@@ -333,16 +333,25 @@ def store_not_zero(b, flags, x):
     return call(b, "llvm.ctpop.i64", i64, bits)
 
 
-@op(int64, intp, intp, intp, int32, F32x16)
-def store_where_set(b, numbers, values, flags, first, x):
-    """Append the lanes of x with a flag [16] at `values`, first + lane at `numbers`; count them."""
+def _append(b: Any, at: Any, x: Any, is_set: Any) -> None:
+    kind = "i32" if x.type == I32x16.llvm else "f32"
+    pointer = b.inttoptr(at, i8.as_pointer())
+    call(b, f"llvm.masked.compressstore.v16{kind}", ir.VoidType(), x, pointer, is_set)
+
+
+@op(int64, intp, intp, int32)
+def append_numbers(b, numbers, flags, first):
+    """Append first + lane at `numbers` for the lanes that have a flag [16]; return how many."""
     is_set = b.icmp_signed("!=", load(b, flags, _BYTES), constant(_BYTES, 0))
     lanes = b.add(_splat_i32(b, first), ir.Constant(I32x16.llvm, list(range(16))))
-    for at, vector, name in ((numbers, lanes, "i32"), (values, x, "f32")):
-        pointer = b.inttoptr(at, i8.as_pointer())
-        name = f"llvm.masked.compressstore.v16{name}"
-        call(b, name, ir.VoidType(), vector, pointer, is_set)
+    _append(b, numbers, lanes, is_set)
     return call(b, "llvm.ctpop.i64", i64, b.zext(b.bitcast(is_set, i16), i64))
+
+
+@op(void, intp, intp, F32x16)
+def append_values(b, values, flags, x):
+    """Append the lanes of x that have a flag [16] at `values`."""
+    _append(b, values, x, b.icmp_signed("!=", load(b, flags, _BYTES), constant(_BYTES, 0)))
 
 
 @op(int64, int64)
@@ -464,11 +473,15 @@ def _gather_blocks(b: Any, address: Any, n: int, stride: int, size: int) -> Any:
 
 def _spread_scales(b: Any, address: Any, x_scales: Any, n: int, stride: int) -> Any:
     """Return w scale * x scale of `n` blocks, each repeated over its 16 / n lanes."""
-    # Gathered as bits, then widened all at once.
-    bits = ir.Constant(ir.VectorType(i16, n), ir.Undefined)
-    for i in range(n):
-        scale = load(b, offset(b, address, i * stride), i16)
-        bits = b.insert_element(bits, scale, ir.Constant(i32, i))
+    # Gathered as bits, then widened all at once. A vector holds those of a group (72 or 68 bytes).
+    if HAS_VNNI:
+        words = load(b, address, ir.VectorType(i16, 32))
+        bits = shuffle(b, words, words, [i * stride // 2 for i in range(n)])
+    else:
+        bits = ir.Constant(ir.VectorType(i16, n), ir.Undefined)
+        for i in range(n):
+            scale = load(b, offset(b, address, i * stride), i16)
+            bits = b.insert_element(bits, scale, ir.Constant(i32, i))
     if HAS_HALF:
         floats = b.fpext(b.bitcast(bits, ir.VectorType(half, n)), ir.VectorType(float_, n))
     else:
@@ -606,13 +619,19 @@ def call_job(b, function, args, control, epoch, thread):
     _call(b, function, [args, control, epoch, thread])
 
 
-@op(void, *[intp] * 10)
+@op(void, *[intp] * 12)
 def call_dots(b, function, *args):
-    """Call the kernel of rows.DOTS at address `function` with its nine arguments."""
+    """Call the kernel of rows.DOTS at address `function` with its eleven arguments."""
+    _call(b, function, list(args))
+
+
+@op(void, *[intp] * 10)
+def call_axpys(b, function, *args):
+    """Call the kernel of rows.AXPYS at address `function` with its nine arguments."""
     _call(b, function, list(args))
 
 
 @op(void, *[intp] * 8)
 def call_rows(b, function, *args):
-    """Call a kernel of AXPYS, WIDENS, UNPACKS or MULTIPLIES with its seven arguments."""
+    """Call a kernel of WIDENS, UNPACKS or MULTIPLIES with its seven arguments."""
     _call(b, function, list(args))
