@@ -79,7 +79,7 @@ class Engine:
         self._plan = self._make_plan()
         self._ops = _make_backend(self._plan, self.options, notify)
         self.backend = self._ops.name
-        self._decode = self._ops.capture(self._one_token)
+        self._decode = self._ops.capture(lambda: forward(self._plan, self._ops))
         # Step and buffers serve one forward pass at a time, whoever asks for it.
         self._lock = threading.Lock()
         self._is_closed = False
@@ -113,10 +113,6 @@ class Engine:
             rope=rope_table(c, self.context, None if factors is None else factors.numpy()),
             mode=self.mode,
         )
-
-    def _one_token(self) -> None:
-        forward(self._plan, self._ops)
-        self._ops.head()
 
     def close(self) -> None:
         """Stop the threads of this engine; whatever is asked of it then is a RequestError."""
@@ -186,12 +182,9 @@ class Engine:
             if adapter is not None and adapter.prepare(sequence.length - len(ids), len(ids)):
                 watchers.append(adapter)
             if plan.step.n_tok == 1 and not watchers:
-                plan.step.want(outputs)
                 self._decode()
-                out[:] = plan.buffers.logits[: len(outputs)]
-                counts += plan.buffers.counts
-                return out
-            forward(plan, self._ops, watchers)
+            else:
+                forward(plan, self._ops, watchers)
             for i in range(0, len(outputs), N_OUT):
                 part = outputs[i : i + N_OUT]
                 plan.step.want(part)

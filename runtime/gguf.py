@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import mmap
 import os
 import struct
@@ -23,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -408,11 +409,11 @@ class GGUFFile(Metadata):
         return Tensor(name, type_, shape, data), offset + nbytes
 
 
-def _mapped(file: BinaryIO) -> mmap.mmap:
+def _mapped(file: io.BufferedReader) -> mmap.mmap:
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _loaded(file: BinaryIO, size: int) -> mmap.mmap:
+def _loaded(file: io.BufferedReader, size: int) -> mmap.mmap:
     """Return memory of our own with the file's bytes."""
     memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -421,7 +422,7 @@ def _loaded(file: BinaryIO, size: int) -> mmap.mmap:
     with memoryview(memory) as view:
         done = 0
         while done < size:
-            n = file.readinto(view[done : done + (1 << 26)])  # type: ignore[attr-defined]
+            n = file.readinto(view[done : done + (1 << 26)])
             if not n:
                 raise OSError(f"{file.name} became shorter while it was read")
             done += n

@@ -30,7 +30,7 @@ def run(capfd, name, *args):
 def spawn(*args, **options):
     """Run `powerinfer ...` as a user does."""
     command = [sys.executable, "-m", "powerinfer", *map(str, args)]
-    return subprocess.run(command, capture_output=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, timeout=200, **options)
 
 
 def last_line(err):
@@ -134,7 +134,7 @@ def test_ctrl_c_ends_with_timings(demo_gguf):
     read = os.read(process.stdout.fileno(), 4)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 130
     assert (read + out).startswith(b"And ")
     assert b"interrupted" in err and b"decode " in err and b"Traceback" not in err
@@ -145,7 +145,7 @@ def test_a_reader_that_leaves(demo_gguf):
     command = (
         f"{sys.executable} -m powerinfer infer -m {demo_gguf('q4_0')} -p And -n 200 | head -c 5"
     )
-    result = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60)
+    result = subprocess.run(["sh", "-c", command], capture_output=True, timeout=200)
     assert len(result.stdout) == 5
     assert b"Traceback" not in result.stderr and b"Exception" not in result.stderr
 
@@ -294,7 +294,7 @@ def test_signals_leave_no_half_file(name, demo_gguf, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 128 + number and b"Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
@@ -302,10 +302,10 @@ def test_signals_leave_no_half_file(name, demo_gguf, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX shells")
 def test_closed_streams(demo_gguf, tmp_path):
     command = f"{sys.executable} -m powerinfer infer -m {demo_gguf('q4_0')} -p And -n 3 --temp 0"
-    whole = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60)
-    quiet = subprocess.run(["sh", "-c", command + " 2>&-"], capture_output=True, timeout=60)
+    whole = subprocess.run(["sh", "-c", command], capture_output=True, timeout=200)
+    quiet = subprocess.run(["sh", "-c", command + " 2>&-"], capture_output=True, timeout=200)
     assert (quiet.returncode, quiet.stdout) == (0, whole.stdout)
-    gone = subprocess.run(["sh", "-c", command + " >&-"], capture_output=True, timeout=60)
+    gone = subprocess.run(["sh", "-c", command + " >&-"], capture_output=True, timeout=200)
     assert gone.returncode == 0 and b"Traceback" not in gone.stderr
 
 
@@ -332,7 +332,7 @@ def test_home_and_kernel_cache_of_all_kinds(demo_gguf, tmp_path):
             env=os.environ | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=200,
         )
         assert result.returncode == 0, result.stderr
         return result.stdout.split()

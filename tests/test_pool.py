@@ -162,7 +162,7 @@ def test_interpreter_exit_does_not_hang(demo_gguf):
         [sys.executable, "-c", script, str(demo_gguf("q4_0"))],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
     assert (out.returncode, out.stdout.strip(), out.stderr) == (0, "True", "")
 

@@ -155,9 +155,13 @@ def attend_bytes(n_head: int, n_head_kv: int, head_dim: int, n_tok: int) -> int:
     return panel_bytes(head_dim) + n_query * (64 + 12 + 4 * CHUNK) + 4 * CHUNK * head_dim
 
 
-def partial_floats(head_dim: int) -> int:
+@inline
+def _partial_size(head_dim):
     """Return the float32 that one head has for one split: its sum, then peak and total."""
     return head_dim + 16
+
+
+partial_floats = _partial_size.py_func
 
 
 @function
@@ -215,7 +219,7 @@ def _single(args, t, head, split, scratch):
 @inline
 def _partial(args, row, head, split):
     """Return where a sequence's head keeps what came of a split."""
-    n = arg(args, ATTEND.head_dim) + 16
+    n = _partial_size(arg(args, ATTEND.head_dim))
     index = row * arg(args, ATTEND.n_head) + head
     return arg(args, ATTEND.partial) + 4 * n * (index * arg(args, ATTEND.n_splits_max) + split)
 

@@ -24,9 +24,9 @@ from .linear import (
     add_rows,
     add_to,
     panel_dots,
+    ready_panel,
     rows_per_task,
     token_list,
-    unpack_panels,
 )
 from .pool import finish, take, wait
 from .rows import fill_zero, pack_stride, row_number
@@ -109,16 +109,12 @@ def _decide(args, rows, start, n_rows, scratch):
     kind, threshold = arg(args, FFN.activation), load_f32(arg(args, FFN.threshold))
     act, fired = arg(args, FFN.act), arg(args, FFN.fired)
     flags, tokens = mask if has_mask else 0, token_list(arg(decider, MATRIX.cols), scratch)
-    if n_tok > GROUP:
-        unpack_panels(decider, start, rows, n_rows, scratch)
     for group in range(0, n_tok, GROUP):
         n_group = min(GROUP, n_tok - group)
         for i in range(0, n_rows, ROWS):
-            count, panel = min(ROWS, n_rows - i), i // ROWS
+            count = min(ROWS, n_rows - i)
             first, listed = (0, rows + 4 * i) if rows != 0 else (start + i, 0)
-            if n_tok <= GROUP:
-                panel = 0
-                unpack_panels(decider, first, listed, count, scratch)
+            panel = ready_panel(decider, start, rows, n_rows, i, group, n_tok, scratch)
             n, out = _dots(
                 args, decider, flags, panel, listed, first, count, group, n_group, scratch
             )
@@ -150,16 +146,12 @@ def _multiply(args, rows, start, n_rows, scratch):
     act, fired = arg(args, FFN.act), arg(args, FFN.fired)
     is_dense, tokens = arg(args, FFN.is_dense) != 0, token_list(arg(up, MATRIX.cols), scratch)
     flags = 0 if is_dense else fired
-    if n_tok > GROUP:
-        unpack_panels(up, start, rows, n_rows, scratch)
     for group in range(0, n_tok, GROUP):
         n_group = min(GROUP, n_tok - group)
         for i in range(0, n_rows, ROWS):
-            count, panel = min(ROWS, n_rows - i), i // ROWS
+            count = min(ROWS, n_rows - i)
             first, listed = (0, rows + 4 * i) if rows != 0 else (start + i, 0)
-            if n_tok <= GROUP:
-                panel = 0
-                unpack_panels(up, first, listed, count, scratch)
+            panel = ready_panel(up, start, rows, n_rows, i, group, n_tok, scratch)
             n, out = _dots(args, up, flags, panel, listed, first, count, group, n_group, scratch)
             for k in range(n):
                 token = (group + np.int64(load_i32(tokens + 4 * k))) * n_ff

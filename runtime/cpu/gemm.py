@@ -23,6 +23,7 @@ from .rows import BLOCK, F32, Q4_0, Q6_K, Q8_0, load1, load16, pack_stride, plan
 from .simd import (
     and_i32,
     load_f16,
+    load_f16x16,
     load_i64,
     load_u8,
     or_i32,
@@ -55,18 +56,18 @@ from .tile import (
     transpose,
     unsigned_step_4,
     unsigned_step_8,
-    widen_halves,
 )
 
 PANEL = 16  # rows
-FEW = 16  # tokens: multiplying takes no longer than reading the next panel
+
+
+_SUMS, _FOLLOWING = 2048, 128  # bytes behind a panel: sums of two AMX tiles, what _following says
 
 
 @inline
 def panel_size(n):
     """Return the bytes of a panel of rows of n weights, in any format."""
-    # Behind it the sums of two AMX tiles, and what _following says.
-    return 64 * ((n + 31) // 32 * 32) + 2048 + 128
+    return 64 * ((n + 31) // 32 * 32) + _SUMS + _FOLLOWING
 
 
 panel_bytes = panel_size.py_func
@@ -80,8 +81,11 @@ def _scales(n):
 
 @inline
 def _following(panel, n):
-    """Return where a panel keeps the addresses of the rows that will be unpacked after it."""
-    return panel + 64 * ((n + 31) // 32 * 32) + 2048
+    """Return where a panel keeps the addresses of the rows that are to be fetched with it.
+
+    The first is 0 where they have been fetched already.
+    """
+    return panel + panel_size(n) - _FOLLOWING
 
 
 @inline
@@ -113,7 +117,7 @@ def _unpack_q4_0(rows, following, n, panel):
             high = and_i32(shift_right(quads[i], 4), 0x0F0F0F0F)
             _store_quads(at + 256 + 64 * i, high, 8)
     for block in range(n // 32):
-        widen_halves(halves + 32 * block, panel + _scales(n) + 64 * block)
+        store_f32x16(panel + _scales(n) + 64 * block, load_f16x16(halves + 32 * block))
 
 
 @inline
@@ -129,7 +133,7 @@ def _unpack_q8_0(rows, following, n, panel):
             for i in range(4):
                 store_i32x16(panel + 512 * block + 256 * part + 64 * i, quads[i])
     for block in range(n // 32):
-        widen_halves(halves + 32 * block, panel + _scales(n) + 64 * block)
+        store_f32x16(panel + _scales(n) + 64 * block, load_f16x16(halves + 32 * block))
 
 
 @inline
@@ -261,7 +265,8 @@ def _make_unpack(type_):
         following = _following(panel, n)
         for i in range(PANEL):
             store_i64(following + 8 * i, ahead[i])
-        following = following if is_next != 0 else 0
+        if is_next == 0:
+            following = 0
         if type_ == Q4_0:
             _unpack_q4_0(here, following, n, panel)
         elif type_ == Q8_0:
@@ -270,6 +275,8 @@ def _make_unpack(type_):
             _unpack_q6_k(here, following, n, panel)
         else:
             _unpack_float(type_, weight_bytes, here, following, n, panel)
+        if is_next != 0:
+            store_i64(following, 0)
 
     return Kernel(unpack, 7, f"unpack_{GGMLType(type_).name}")
 
@@ -282,11 +289,11 @@ def _make_multiply(type_):
         start, stride = x, 4 * n
         if is_integer:
             start, stride = packs, pack_stride(n)
-        t, following = 0, 0
-        if n_tok <= FEW:
-            following = _following(panel, n)
+        t, following = 0, _following(panel, n)
+        if load_i64(following) == 0:
+            following = 0
         if HAS_AMX and is_integer and tokens == 0 and n_tok >= 16:
-            sums = panel + 64 * ((n + 31) // 32 * 32)
+            sums = panel + panel_size(n) - _FOLLOWING - _SUMS
             for i in range(8):
                 store_i64(sums + 8 * i, config[i])
             configure_tiles(sums)
@@ -314,7 +321,7 @@ def _make_multiply(type_):
 
 # unpack(w, row_bytes, n, rows, count, panel, is_next): `count` (1 to 16) rows into a panel of
 # panel_bytes(n); lanes behind them repeat the last one. `rows` as in rows.DOTS. The 16 rows behind
-# are prefetched: now if `is_next`, else while the panel is multiplied with FEW tokens.
+# are prefetched: now if `is_next`, else while the panel is multiplied.
 UNPACKS = {int(type_): _make_unpack(int(type_)) for type_ in COMPUTE_TYPES}
 # multiply(panel, n, x, packs, tokens, n_tok, out): out f32 [n_tok][16] = the panel's rows .
 # activations of the tokens listed at `tokens` (0: the first n_tok), f32 `x` [.., n], or `packs`

@@ -25,9 +25,11 @@ from ..errors import RequestError
 from ..paths import cache_dir
 from . import isa, simd
 
-inline = numba.njit(forceinline=True, error_model="numpy")
+# Without the wrappers that Python would call (a sixth of the time to compile), so that kernels only
+# may call these; Python may call their `py_func`.
+inline = numba.njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True)
 # Larger pieces stay functions: copied into every place that uses them they take long to compile.
-function = numba.njit(error_model="numpy")
+function = numba.njit(error_model="numpy", no_cpython_wrapper=True)
 _compiling = threading.Lock()
 
 

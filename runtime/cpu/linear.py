@@ -29,7 +29,7 @@ from .simd import (
 ROWS = 16  # rows of a matrix that are taken at a time
 GROUP = 32  # tokens that are multiplied with some panels before the next ones are
 _TASKS = 8  # for each thread, that a matrix is cut into
-_PANELS_BYTES = 512 << 10  # of panels at once: they stay in the second cache
+_PANELS_BYTES = 480 << 10  # of panels at once: they stay in the second cache
 
 # A thread's scratch: the end of a row, what its rows came to, a list of rows, and from WORK on
 # whatever a job needs.
@@ -50,7 +50,7 @@ def scratch_bytes(n: int, n_tok: int) -> int:
 @inline
 def panels_of(n):
     """Return how many panels of rows of n weights are unpacked at once."""
-    return min(max(_PANELS_BYTES // panel_size(n), 1), 8)
+    return min(max(_PANELS_BYTES // (64 * n), 1), 8)
 
 
 @inline
@@ -169,16 +169,22 @@ def token_list(n, scratch):
 
 
 @inline
-def products(matrix, panel, first, count, t, n_tok, n_all, x, packs, scratch):
-    """Return where float32 [n_tok, ROWS] lie: rows from `first` on times n_tok tokens from t on.
+def ready_panel(matrix, first, rows, count, i, group, n_tok, scratch):
+    """Return which panel holds rows i to i + ROWS - 1 of a task's, for a group of n_tok tokens.
 
-    Of n_all tokens in all; if that is more than one, `panel` is the unpacked one.
+    `first`, `rows`, `count`: the rows of the task. Several groups need them all unpacked; for one
+    they are unpacked one panel at a time, and while it is multiplied the next one is fetched.
     """
-    n = arg(matrix, MATRIX.cols)
-    if n_all == 1:
-        return row_dots(matrix, first, 0, count, rows_ahead(matrix, first, 0), x, packs, scratch)
-    at, pack_at = x + 4 * n * t, packs + pack_stride(n) * t
-    return panel_dots(matrix, panel, first, 0, count, at, pack_at, 0, n_tok, scratch)
+    if n_tok > GROUP:
+        if i == 0 and group == 0:
+            unpack_panels(matrix, first, rows, count, scratch)
+        return i // ROWS
+    n = min(ROWS, count - i)
+    if rows != 0:
+        unpack_panels(matrix, 0, rows + 4 * i, n, scratch)
+    else:
+        unpack_panels(matrix, first + i, 0, n, scratch)
+    return 0
 
 
 @function
@@ -187,20 +193,24 @@ def matmul_task(matrix, task, n_threads, n_tok, x, packs, y, y_cols, how, scratc
 
     x float32; `packs`: the same activations packed.
     """
-    n_rows = arg(matrix, MATRIX.rows)
-    size = rows_per_task(n_rows, arg(matrix, MATRIX.cols), n_threads, n_tok)
+    n, n_rows = arg(matrix, MATRIX.cols), arg(matrix, MATRIX.rows)
+    size = rows_per_task(n_rows, n, n_threads, n_tok)
     start = task * size
     end = min(start + size, n_rows)
-    if n_tok > GROUP:
-        unpack_panels(matrix, start, 0, end - start, scratch)
     for group in range(0, n_tok, GROUP):
         n_group = min(GROUP, n_tok - group)
         for first in range(start, end, ROWS):
-            count, panel = min(ROWS, end - first), (first - start) // ROWS
-            if 1 < n_tok <= GROUP:
-                panel = 0
-                unpack_panels(matrix, first, 0, count, scratch)
-            out = products(matrix, panel, first, count, group, n_group, n_tok, x, packs, scratch)
+            count = min(ROWS, end - first)
+            if n_tok == 1:
+                out = row_dots(
+                    matrix, first, 0, count, rows_ahead(matrix, first, 0), x, packs, scratch
+                )
+            else:
+                panel = ready_panel(
+                    matrix, start, 0, end - start, first - start, group, n_tok, scratch
+                )
+                at, pack_at = x + 4 * n * group, packs + pack_stride(n) * group
+                out = panel_dots(matrix, panel, first, 0, count, at, pack_at, 0, n_group, scratch)
             for t in range(n_group):
                 at, source = y + 4 * ((group + t) * y_cols + first), out + 64 * t
                 if count == ROWS:
@@ -435,41 +445,17 @@ def predict(args, control, epoch, thread):
         task = take(control, 3, epoch, n_tasks)
         if task < 0:
             break
+        matmul_task(fc2, task, n_threads, n_tok, hidden, hidden_packs, scores, n_ff, STORE, scratch)
         start, end = task * size, min(task * size + size, n_ff)
-        if n_tok > GROUP:
-            unpack_panels(fc2, start, 0, end - start, scratch)
-        for group in range(0, n_tok, GROUP):
-            n_group = min(GROUP, n_tok - group)
-            for first in range(start, end, ROWS):
-                count, panel = min(ROWS, end - first), (first - start) // ROWS
-                if 1 < n_tok <= GROUP:
-                    panel = 0
-                    unpack_panels(fc2, first, 0, count, scratch)
-                out = products(
-                    fc2,
-                    panel,
-                    first,
-                    count,
-                    group,
-                    n_group,
-                    n_tok,
-                    hidden,
-                    hidden_packs,
-                    scratch,
-                )
-                for t in range(group, group + n_group):
-                    sequence = np.int64(load_i32(arg(args, PREDICT.rows) + 4 * t))
-                    threshold = load_f32(thresholds + sequence * stride)
-                    source, at = out + 64 * (t - group), t * n_ff + first
-                    if count == ROWS:
-                        score = load_f32x16(source)
-                        store_f32x16(scores + 4 * at, score)
-                        store_at_least(mask + at, score, splat(threshold))
-                    else:
-                        for i in range(count):
-                            one = load_f32(source + 4 * i)
-                            store_f32(scores + 4 * (at + i), one)
-                            store_u8(mask + at + i, np.uint8(one >= threshold))
+        for t in range(n_tok):
+            sequence = np.int64(load_i32(arg(args, PREDICT.rows) + 4 * t))
+            threshold, at = load_f32(thresholds + sequence * stride), t * n_ff
+            for i in range(start, end - 15, 16):
+                score = load_f32x16(scores + 4 * (at + i))
+                store_at_least(mask + at + i, score, splat(threshold))
+            for i in range(start + (end - start) // 16 * 16, end):
+                is_taken = load_f32(scores + 4 * (at + i)) >= threshold
+                store_u8(mask + at + i, np.uint8(is_taken))
         finish(control, 3)
     wait(control, 3, epoch, n_tasks)
 

@@ -108,6 +108,12 @@ def shuffle(b: Any, x: Any, y: Any, lanes: list[int]) -> Any:
     return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(i32, len(lanes)), lanes))
 
 
+def splat_to(b: Any, x: Any, vector: ir.VectorType) -> Any:
+    """Return a vector of nothing but x."""
+    one = b.insert_element(ir.Constant(vector, ir.Undefined), x, ir.Constant(i32, 0))
+    return shuffle(b, one, one, [0] * vector.count)
+
+
 def load(b: Any, address: Any, type_: ir.Type) -> Any:
     return b.load(b.inttoptr(address, type_.as_pointer()), align=1)
 

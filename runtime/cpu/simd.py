@@ -37,6 +37,7 @@ from .llvm import (
     offset,
     op,
     shuffle,
+    splat_to,
     store_half,
     void,
 )
@@ -174,22 +175,15 @@ def load_u8x16(b, address):
 # -- integer arithmetic -----------------------------------------------------------------------
 
 
-def _splat_i32(b: Any, x: Any) -> Any:
-    one = b.insert_element(ir.Constant(I32x16.llvm, ir.Undefined), x, ir.Constant(i32, 0))
-    return shuffle(b, one, one, [0] * 16)
-
-
 @op(I32x16, I32x16, int32)
 def and_i32(b, x, mask):
-    return b.and_(x, _splat_i32(b, mask))
+    return b.and_(x, splat_to(b, mask, I32x16.llvm))
 
 
 @op(I32x16, I32x16, int32)
 def sub_bytes(b, x, n):
     """Subtract n from each of the 64 bytes."""
-    byte = b.trunc(n, i8)
-    one = b.insert_element(ir.Constant(I8x64.llvm, ir.Undefined), byte, ir.Constant(i32, 0))
-    every = shuffle(b, one, one, [0] * 64)
+    every = splat_to(b, b.trunc(n, i8), I8x64.llvm)
     return b.bitcast(b.sub(b.bitcast(x, I8x64.llvm), every), I32x16.llvm)
 
 
@@ -200,19 +194,19 @@ def or_i32(b, x, y):
 
 @op(I32x16, I32x16, int32)
 def shift_right(b, x, n):
-    return b.lshr(x, _splat_i32(b, n))
+    return b.lshr(x, splat_to(b, n, I32x16.llvm))
 
 
 @op(I32x16, I32x16, int32)
 def shift_left(b, x, n):
-    return b.shl(x, _splat_i32(b, n))
+    return b.shl(x, splat_to(b, n, I32x16.llvm))
 
 
 @op(I32x16, int32)
 def low_bits(b, x):
     """Return bit j of x in lane j, as 0 or 1."""
     lanes = ir.Constant(I32x16.llvm, list(range(16)))
-    return b.and_(b.lshr(_splat_i32(b, x), lanes), constant(I32x16.llvm, 1))
+    return b.and_(b.lshr(splat_to(b, x, I32x16.llvm), lanes), constant(I32x16.llvm, 1))
 
 
 # -- float arithmetic -------------------------------------------------------------------------
@@ -221,8 +215,7 @@ def low_bits(b, x):
 @op(F32x16, float32)
 def splat(b, x):
     """Return a vector of 16 times `x`."""
-    one = b.insert_element(ir.Constant(F32x16.llvm, ir.Undefined), x, ir.Constant(i32, 0))
-    return shuffle(b, one, one, [0] * 16)
+    return splat_to(b, x, F32x16.llvm)
 
 
 @op(F32x16, F32x16, F32x16)
@@ -343,7 +336,7 @@ def _append(b: Any, at: Any, x: Any, is_set: Any) -> None:
 def append_numbers(b, numbers, flags, first):
     """Append first + lane at `numbers` for the lanes that have a flag [16]; return how many."""
     is_set = b.icmp_signed("!=", load(b, flags, _BYTES), constant(_BYTES, 0))
-    lanes = b.add(_splat_i32(b, first), ir.Constant(I32x16.llvm, list(range(16))))
+    lanes = b.add(splat_to(b, first, I32x16.llvm), ir.Constant(I32x16.llvm, list(range(16))))
     _append(b, numbers, lanes, is_set)
     return call(b, "llvm.ctpop.i64", i64, b.zext(b.bitcast(is_set, i16), i64))
 
@@ -370,7 +363,7 @@ def to_f32(b, x):
 @op(I32x16, I32x16, int32)
 def scale_i32(b, x, factor):
     """x * factor."""
-    return b.mul(x, _splat_i32(b, factor))
+    return b.mul(x, splat_to(b, factor, I32x16.llvm))
 
 
 @op(I8x64, I8x64)

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import types as _types
 from numba.extending import intrinsic
 
-from .isa import HAS_HALF, HAS_VNNI
+from .isa import HAS_VNNI
 from .llvm import (
     F32x16,
     I8x64,
@@ -20,8 +20,6 @@ from .llvm import (
     call,
     constant,
     float_,
-    half,
-    half_to_float,
     i8,
     i16,
     i32,
@@ -31,6 +29,7 @@ from .llvm import (
     offset,
     op,
     shuffle,
+    splat_to,
     void,
 )
 from .simd import dot_signed, dot_unsigned
@@ -54,11 +53,6 @@ def _pack(b: Any, values: list[Any]) -> Any:
     for i, value in enumerate(values):
         array = b.insert_value(array, value, i)
     return array
-
-
-def _splat(b: Any, x: Any, vector: ir.Type) -> Any:
-    one = b.insert_element(ir.Constant(vector, ir.Undefined), x, ir.Constant(i32, 0))
-    return shuffle(b, one, one, [0] * vector.count)
 
 
 # -- panels: from rows to lanes ---------------------------------------------------------------
@@ -129,16 +123,6 @@ def copy_halves(b, rows, at, out):
         value = load(b, b.add(address, at), i16)
         pointer = b.inttoptr(offset(b, out, 2 * i), i16.as_pointer())
         b.store(value, pointer, align=1).volatile = True
-
-
-@op(void, intp, intp)
-def widen_halves(b, halves, out):
-    """Store 16 halves as float32."""
-    if HAS_HALF:
-        floats = b.fpext(load(b, halves, ir.VectorType(half, 16)), F32x16.llvm)
-    else:
-        floats = half_to_float(b, load(b, halves, ir.VectorType(i16, 16)))
-    b.store(floats, b.inttoptr(out, F32x16.llvm.as_pointer()), align=1)
 
 
 @op(Sixteen, Sixteen)
@@ -227,30 +211,34 @@ def float_step(b, totals, tokens, weights, x):
     w = load(b, weights, F32x16.llvm)
     out = []
     for total, token in zip(totals, tokens, strict=True):
-        value = _splat(b, load(b, b.add(token, x), float_), F32x16.llvm)
+        value = splat_to(b, load(b, b.add(token, x), float_), F32x16.llvm)
         out.append(call(b, "llvm.fma.v16f32", F32x16.llvm, w, value, total))
     return out
+
+
+def _add_scaled(b: Any, total: Any, ints: Any, w_scale: Any, x_scale: Any) -> Any:
+    """Return total + ints * w_scale * the float32 at the address x_scale."""
+    scale = b.fmul(w_scale, splat_to(b, load(b, x_scale, float_), F32x16.llvm))
+    floats = b.sitofp(ints, F32x16.llvm)
+    return call(b, "llvm.fma.v16f32", F32x16.llvm, floats, scale, total)
 
 
 def _int_step(n_quads: int, dot: Callable[..., Any]) -> Callable[..., Any]:
     def step(b, totals, tokens, quads, scales, x, x_scale, x_sum, factor):
         w_scale = load(b, scales, F32x16.llvm)
-        factors = _splat(b, b.trunc(factor, i32), I32x16.llvm)
+        factors = splat_to(b, b.trunc(factor, i32), I32x16.llvm)
         sums = []
         for token in tokens:
-            x_sums = _splat(b, load(b, b.add(token, x_sum), i32), I32x16.llvm)
+            x_sums = splat_to(b, load(b, b.add(token, x_sum), i32), I32x16.llvm)
             sums.append(b.mul(x_sums, factors))
         for k in range(n_quads):
             w = load(b, offset(b, quads, 64 * k), I8x64.llvm)
             for t, token in enumerate(tokens):
-                four = _splat(b, load(b, offset(b, b.add(token, x), 4 * k), i32), I32x16.llvm)
+                four = splat_to(b, load(b, offset(b, b.add(token, x), 4 * k), i32), I32x16.llvm)
                 sums[t] = dot(b, sums[t], w, b.bitcast(four, I8x64.llvm))
         out = []
         for total, token, ints in zip(totals, tokens, sums, strict=True):
-            scale = _splat(b, load(b, b.add(token, x_scale), float_), F32x16.llvm)
-            floats = b.sitofp(ints, F32x16.llvm)
-            scale = b.fmul(w_scale, scale)
-            out.append(call(b, "llvm.fma.v16f32", F32x16.llvm, floats, scale, total))
+            out.append(_add_scaled(b, total, ints, w_scale, b.add(token, x_scale)))
         return out
 
     step.__doc__ = f"""totals += w scale * x scale * (dot of {4 * n_quads} columns + factor * sum).
@@ -265,10 +253,8 @@ def _products_step(b, totals, tokens, sums, scales, x_scale):
     """totals += w scale * x scale * sums [tokens][16], int32; x_scale as in the other steps."""
     w_scale, out = load(b, scales, F32x16.llvm), []
     for t, (total, token) in enumerate(zip(totals, tokens, strict=True)):
-        floats = b.sitofp(load(b, offset(b, sums, 64 * t), I32x16.llvm), F32x16.llvm)
-        scale = _splat(b, load(b, b.add(token, x_scale), float_), F32x16.llvm)
-        scale = b.fmul(w_scale, scale)
-        out.append(call(b, "llvm.fma.v16f32", F32x16.llvm, floats, scale, total))
+        ints = load(b, offset(b, sums, 64 * t), I32x16.llvm)
+        out.append(_add_scaled(b, total, ints, w_scale, b.add(token, x_scale)))
     return out
 
 
