@@ -152,7 +152,8 @@ def attend_bytes(n_head: int, n_head_kv: int, head_dim: int, n_tok: int) -> int:
     if n_tok == 1:
         return 4 * (SPLIT + 16)
     n_query = BLOCK * n_head // n_head_kv
-    return panel_bytes(head_dim) + n_query * (64 + 12 + 4 * CHUNK) + 4 * CHUNK * head_dim
+    out = 64 * (n_query + 15)  # multiply takes tokens in tiles
+    return panel_bytes(head_dim) + out + n_query * (12 + 4 * CHUNK) + 4 * CHUNK * head_dim
 
 
 @inline
@@ -264,7 +265,7 @@ def _several(args, first, last, head, scratch):
     n_query, end = (last - first) * group, position + last - first
     panel = scratch + WORK
     out = panel + panel_size(head_dim)  # f32 [n_query][16]
-    queries = out + 64 * n_query  # i32 [n_query]: which of q [n_tok * n_head]
+    queries = out + 64 * ((n_query + 15) // 16 * 16)  # i32 [n_query]: which of q [n_tok * n_head]
     peaks = queries + 4 * n_query
     totals = peaks + 4 * n_query
     scores = totals + 4 * n_query  # f32 [n_query][CHUNK]

@@ -52,8 +52,11 @@ from .simd import (
 )
 
 FEW = 16  # tokens: so few that not all rows are wanted, and reading them is what takes long
-WIDTH, FEW_WIDTH = 64, 256  # columns of down in one task, whole blocks of weights
-PIECE = 1 << 15  # weights of down that are widened at once, 128 KiB: they stay in the second cache
+# Columns of down in one task, whole blocks of weights; and weights of them that are widened at
+# once. Of many tokens each uses most rows, which stay in the second cache; of few each uses some,
+# and waits for less from the first.
+WIDTH, PIECE = 64, 1 << 15
+FEW_WIDTH, FEW_PIECE = 512, 1 << 13
 
 
 def down_bytes(n_tok: int) -> int:
@@ -85,10 +88,10 @@ def _dots(args, matrix, flags, panel, rows, first, count, group, n_group, scratc
         if flags == 0 or _is_wanted(flags + (group + t) * n_ff, rows, first, count):
             wanted += 1
     listed = tokens
-    if HAS_AMX and n_group == GROUP and 2 * wanted > GROUP:
-        # Tile registers take 16 neighbours at a time, and do that in less time than a list takes.
-        listed, wanted = 0, GROUP
-        for t in range(GROUP):
+    if HAS_AMX and n_group > 8 and 2 * wanted > n_group:
+        # Tile registers take up to 16 neighbours at a time, in less time than a list takes.
+        listed, wanted = 0, n_group
+        for t in range(n_group):
             store_i32(tokens + 4 * t, np.int32(t))
     x = arg(args, FFN.h) + 4 * n * group
     packs = arg(args, FFN.packs) + pack_stride(n) * group
@@ -240,7 +243,7 @@ def _down(args, rows, n_rows, first, width, scratch):
     for t in range(n_tok):
         store_i32(cursors + 4 * t, np.int32(0))
     fill_zero(y, n_tok * width)
-    n_piece = PIECE // width
+    n_piece = (FEW_PIECE if n_tok <= FEW else PIECE) // width
     for start in range(0, n_rows, n_piece):
         count = min(n_piece, n_rows - start)
         listed = rows + 4 * start if rows != 0 else 0

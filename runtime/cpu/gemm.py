@@ -14,8 +14,6 @@ it nor on how many there are.
 
 from __future__ import annotations
 
-import numpy as np
-
 from ..formats import BLOCK_SIZES, COMPUTE_TYPES, INTEGER_DOT, GGMLType
 from .isa import HAS_AMX, Q8_BIAS
 from .jit import Kernel, inline
@@ -24,12 +22,14 @@ from .simd import (
     and_i32,
     load_f16,
     load_f16x16,
+    load_i8x16,
     load_i64,
-    load_u8,
+    mul,
     or_i32,
     prefetch,
     shift_left,
     shift_right,
+    splat,
     store_f32,
     store_f32x16,
     store_i32x16,
@@ -38,6 +38,7 @@ from .simd import (
 )
 from .tile import (
     TILE,
+    TILE_ROWS,
     configure_tiles,
     copy_halves,
     float_step,
@@ -89,9 +90,9 @@ def _following(panel, n):
 
 
 @inline
-def _prefetch(following, at):
-    """Ask for a line of each of the rows that follow; nothing if `following` is 0."""
-    if following != 0:
+def _fetch(following, at, step):
+    """Ask for bytes `at` to at + step of the rows that follow; nothing if `following` is 0."""
+    if following != 0 and at % 64 < step:  # once for every line
         for i in range(PANEL):
             prefetch(load_i64(following + 8 * i) + at)
 
@@ -109,8 +110,7 @@ def _unpack_q4_0(rows, following, n, panel):
     for block in range(n // 32):
         copy_halves(rows, 18 * block, halves + 32 * block)
     for block in range(n // 32):
-        if block % 3 == 0:
-            _prefetch(following, 18 * block)
+        _fetch(following, 18 * block, 18)
         quads, at = load_4x16(rows, 18 * block + 2), panel + 512 * block
         for i in range(4):
             _store_quads(at + 64 * i, and_i32(quads[i], 0x0F0F0F0F), 8)
@@ -127,7 +127,7 @@ def _unpack_q8_0(rows, following, n, panel):
     for block in range(n // 32):
         copy_halves(rows, 34 * block, halves + 32 * block)
     for block in range(n // 32):
-        _prefetch(following, 34 * block)
+        _fetch(following, 34 * block, 34)
         for part in range(2):
             quads = load_4x16(rows, 34 * block + 2 + 16 * part)
             for i in range(4):
@@ -143,7 +143,7 @@ def _unpack_q6_k(rows, following, n, panel):
     for block in range(n // 256):
         start = 210 * block
         for line in range(0, 210, 64):
-            _prefetch(following, start + line)
+            _fetch(following, start + line, 64)
         for half in range(2):
             # Weights 0-31 and 64-95 share nibbles, 32-63 and 96-127 do; all four share pairs.
             for part in range(2):
@@ -159,41 +159,22 @@ def _unpack_q6_k(rows, following, n, panel):
                         four = and_i32(shift_right(low[i], 4), 0x0F0F0F0F)
                         q = or_i32(four, shift_left(two, 4))
                         _store_quads(at + 16 * 64 + 64 * i, q, 32)
+        at = scales + 64 * 16 * block
         for i in range(16):
-            d = load_f16(rows[i] + start + 208)
-            for j in range(16):
-                scale = d * np.float32(np.int8(load_u8(rows[i] + start + 192 + j)))
-                store_f32(scales + 64 * (16 * block + j) + 4 * i, scale)
+            d = splat(load_f16(rows[i] + start + 208))
+            store_f32x16(at + 64 * i, mul(load_i8x16(rows[i] + start + 192), d))
+        transpose(at)
 
 
 @inline
 def _unpack_float(type_, weight_bytes, rows, following, n, panel):
     """Every weight as float32; call it with a constant type."""
     for column in range(0, n - 15, 16):
-        if column % 32 == 0 or weight_bytes > 2:
-            _prefetch(following, int(weight_bytes * column))
-        lanes = transpose(
-            (
-                load16(type_, rows[0], column),
-                load16(type_, rows[1], column),
-                load16(type_, rows[2], column),
-                load16(type_, rows[3], column),
-                load16(type_, rows[4], column),
-                load16(type_, rows[5], column),
-                load16(type_, rows[6], column),
-                load16(type_, rows[7], column),
-                load16(type_, rows[8], column),
-                load16(type_, rows[9], column),
-                load16(type_, rows[10], column),
-                load16(type_, rows[11], column),
-                load16(type_, rows[12], column),
-                load16(type_, rows[13], column),
-                load16(type_, rows[14], column),
-                load16(type_, rows[15], column),
-            )
-        )
+        _fetch(following, int(weight_bytes * column), int(16 * weight_bytes))
+        at = panel + 64 * column
         for i in range(16):
-            store_f32x16(panel + 64 * (column + i), lanes[i])
+            store_f32x16(at + 64 * i, load16(type_, rows[i], column))
+        transpose(at)
     for column in range(n // 16 * 16, n):
         for i in range(16):
             store_f32(panel + 64 * column + 4 * i, load1(type_, rows[i], column))
@@ -205,10 +186,8 @@ def _multiply(type_, n, panel, tokens, following, out):
     totals, scales, blocks = no_totals(tokens), panel + _scales(n), planes(n)[5]
     if type_ in (Q4_0, Q8_0):
         for i in range(n // 32):
-            if type_ == Q8_0:
-                _prefetch(following, 34 * i)
-            elif i % 3 == 0:
-                _prefetch(following, 18 * i)
+            step = 34 if type_ == Q8_0 else 18
+            _fetch(following, step * i, step)
             x, w, scale = blocks + BLOCK * i, panel + 512 * i, scales + 64 * i
             if type_ == Q8_0 or HAS_AMX:
                 factor = Q8_BIAS // 8
@@ -217,8 +196,7 @@ def _multiply(type_, n, panel, tokens, following, out):
                 totals = unsigned_step_8(totals, tokens, w, scale, x, x + 32, x + 36, 1)
     elif type_ == Q6_K:
         for i in range(n // 16):
-            if i % 4 == 0:
-                _prefetch(following, 210 * i // 16)
+            _fetch(following, 210 * i // 16, 14)
             x, w, scale = blocks + BLOCK * (i // 2), panel + 256 * i, scales + 64 * i
             at, x_sum = x + i % 2 * 16, x + 40 + i % 2 * 4
             if HAS_AMX:
@@ -233,17 +211,20 @@ def _multiply(type_, n, panel, tokens, following, out):
 
 
 @inline
-def _multiply_tiles(type_, n, panel, tokens, stride, sums, out):
-    """The same by AMX, for 16 tokens `stride` apart; `sums`: 2 KiB of scratch."""
+def _multiply_tiles(type_, n, panel, tokens, stride, following, sums, out):
+    """The same by AMX, for tokens `stride` apart; `sums`: scratch for tile_products."""
     totals, scales, blocks = no_totals(tokens), panel + _scales(n), planes(n)[5]
     if type_ == Q6_K:
         for i in range(n // 32):
+            _fetch(following, 210 * i // 8, 27)
             x, scale = blocks + BLOCK * i, scales + 128 * i
             tile_products_4(tokens[0] + x, stride, panel + 512 * i, sums)
             totals = products_step(totals, tokens, sums, scale, x + 32)
             totals = products_step(totals, tokens, sums + 1024, scale + 64, x + 32)
     else:
         for i in range(0, n // 32, 2):
+            step = 34 if type_ == Q8_0 else 18
+            _fetch(following, step * i, 2 * step)
             x, scale = blocks + BLOCK * i, scales + 64 * i
             tile_products_8(tokens[0] + x, stride, panel + 512 * i, sums)
             totals = products_step(totals, tokens, sums, scale, x + 32)
@@ -292,22 +273,26 @@ def _make_multiply(type_):
         t, following = 0, _following(panel, n)
         if load_i64(following) == 0:
             following = 0
-        if HAS_AMX and is_integer and tokens == 0 and n_tok >= 16:
+        if HAS_AMX and is_integer and tokens == 0:
             sums = panel + panel_size(n) - _FOLLOWING - _SUMS
-            for i in range(8):
-                store_i64(sums + 8 * i, config[i])
-            configure_tiles(sums)
-            while t + 16 <= n_tok:
-                group = row_addresses(start + t * stride, stride, 0, 15)
-                _multiply_tiles(type_, n, panel, group, stride, sums, out + 64 * t)
-                t += 16
+            while n_tok - t > TILE:
+                count = min(n_tok - t, 16)
+                for i in range(8):
+                    store_i64(sums + 8 * i, config[i])
+                store_i64(sums + 8 * TILE_ROWS, config[TILE_ROWS] + 0x01010101 * count)
+                configure_tiles(sums)
+                # Lanes of tokens that there are not come to something that nobody reads.
+                first, to = start + t * stride, out + 64 * t
+                group = row_addresses(first, stride, 0, count - 1)
+                _multiply_tiles(type_, n, panel, group, stride, following, sums, to)
+                t, following = t + count, 0
             release_tiles()
         while t < n_tok:
             left = n_tok - t
             listed = tokens + 4 * t if tokens != 0 else 0
             first = start if tokens != 0 else start + t * stride
             group = token_addresses(first, stride, listed, left - 1)
-            if left >= TILE:
+            if left > 2:  # a tile that is not full takes less time than they do one by one
                 _multiply(type_, n, panel, group, following, out + 64 * t)
                 t += TILE
             else:
@@ -323,9 +308,9 @@ def _make_multiply(type_):
 # panel_bytes(n); lanes behind them repeat the last one. `rows` as in rows.DOTS. The 16 rows behind
 # are prefetched: now if `is_next`, else while the panel is multiplied.
 UNPACKS = {int(type_): _make_unpack(int(type_)) for type_ in COMPUTE_TYPES}
-# multiply(panel, n, x, packs, tokens, n_tok, out): out f32 [n_tok][16] = the panel's rows .
-# activations of the tokens listed at `tokens` (0: the first n_tok), f32 `x` [.., n], or `packs`
-# where the format is integer.
+# multiply(panel, n, x, packs, tokens, n_tok, out): out f32 [n_tok to a multiple of 16][16] = the
+# panel's rows . activations of the tokens listed at `tokens` (0: the first n_tok), f32 `x` [.., n],
+# or `packs` where the format is integer.
 _FLOAT = _make_multiply(F32)
 MULTIPLIES = {
     int(type_): _make_multiply(int(type_)) if type_ in INTEGER_DOT else _FLOAT

@@ -41,7 +41,6 @@ TILE = 8 if HAS_VNNI else 4
 
 Rows = types.UniTuple(intp, 16)
 Four = types.UniTuple(I32x16, 4)
-Sixteen = types.UniTuple(F32x16, 16)
 
 
 def _unpack(b: Any, array: Any) -> list[Any]:
@@ -125,17 +124,19 @@ def copy_halves(b, rows, at, out):
         b.store(value, pointer, align=1).volatile = True
 
 
-@op(Sixteen, Sixteen)
-def transpose(b, rows):
-    """Transpose 16 vectors of 16 float32."""
-    vectors = _unpack(b, rows)
+@op(void, intp)
+def transpose(b, at):
+    """Transpose 16 vectors of 16 float32, in place."""
+    pointers = [b.inttoptr(offset(b, at, 64 * i), F32x16.llvm.as_pointer()) for i in range(16)]
+    vectors = [b.load(pointer, align=1) for pointer in pointers]
     low = [lane for k in range(8) for lane in (k, 16 + k)]
     high = [lane for k in range(8, 16) for lane in (k, 16 + k)]
     for _ in range(4):
         vectors = [
             shuffle(b, vectors[k], vectors[k + 8], lanes) for k in range(8) for lanes in (low, high)
         ]
-    return _pack(b, vectors)
+    for pointer, vector in zip(pointers, vectors, strict=True):
+        b.store(vector, pointer, align=1)
 
 
 # -- tiles: several tokens --------------------------------------------------------------------
@@ -267,9 +268,9 @@ signed_step_4 = _tile_op(_totals)(_int_step(4, dot_signed))
 
 # -- AMX: 16 tokens at once -------------------------------------------------------------------
 #
-# Tile registers hold 16 rows of 64 bytes: the activations of 16 tokens, 4 int8 of each of 16 rows
-# of weights, and their int32 sums. Numbers of registers are constants in the instructions; the
-# sums, activations and weights of neighbouring blocks use different ones.
+# Tile registers hold 16 rows of 64 bytes: the activations of up to 16 tokens, 4 int8 of each of
+# 16 rows of weights, and their int32 sums. Numbers of registers are constants in the
+# instructions; sums, activations and weights of neighbouring blocks use different ones.
 
 
 def _tile(n: int) -> ir.Constant:
@@ -314,14 +315,19 @@ def _tile_products(n_quads: int) -> Callable[..., Any]:
 tile_products_8, tile_products_4 = _tile_products(8), _tile_products(4)
 
 
+TILE_ROWS = 6
+
+
 def tile_config(n_quads: int) -> list[int]:
     """Return the 8 words for configure_tiles: palette, bytes of a row and rows of 8 registers.
+
+    To word TILE_ROWS the number of tokens is to be added, in each of its 4 low bytes.
 
     Source: Intel Architecture Instruction Set Extensions reference, LDTILECFG.
     """
     config = bytearray(64)
     config[0] = 1
-    kinds = [(64, 16)] * 2 + [(4 * n_quads, 16)] * 2 + [(64, n_quads)] * 2  # sums, x, weights
+    kinds = [(64, 0)] * 2 + [(4 * n_quads, 0)] * 2 + [(64, n_quads)] * 2  # sums, x, weights
     for register, (row_bytes, rows) in enumerate(kinds):
         config[16 + 2 * register] = row_bytes
         config[48 + register] = rows
