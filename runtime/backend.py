@@ -15,6 +15,7 @@ import numpy as np
 
 from .cache import KVCache
 from .config import Mode, ModelConfig
+from .formats import U8Array
 from .step import Buffers, Step
 from .weights import Weights
 
@@ -69,6 +70,12 @@ class Backend(Protocol):
         """Return what does the same as `run`, which calls operators, for any step of one token.
 
         A graph: it goes from operator to operator without Python. `run` may or may not be called.
+        """
+
+    def read_rate(self, data: U8Array) -> float:
+        """Return how fast this backend reads memory that a model lies in, now, in bytes a second.
+
+        0 where that says nothing about how fast it could run.
         """
 
     def close(self) -> None:

@@ -193,6 +193,15 @@ class Engine:
             counts += plan.buffers.counts
         return out
 
+    def bound(self) -> float | None:
+        """Return the tokens per second of the last generate() if nothing took time but reading.
+
+        Reads the model's bytes (at most 512 MiB) a few times to see how fast that goes. None where
+        nothing was written, or the backend does not know.
+        """
+        read, rate = self.timings.traffic, self._ops.read_rate(self.file.data)
+        return rate / read.total if read is not None and rate else None
+
     def no_counts(self) -> Counts:
         """Return zeros for feed() to add to."""
         return np.zeros((self.config.n_layer, len(COUNTS)), np.int64)

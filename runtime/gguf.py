@@ -231,6 +231,11 @@ class GGUFFile(Metadata):
         self._parse()
 
     @property
+    def data(self) -> U8Array:
+        """All bytes behind the head: the tensors and what lies between them."""
+        return self._bytes[self.data_offset :]
+
+    @property
     def tensor_bytes(self) -> int:
         """The bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())

@@ -16,7 +16,7 @@ import numpy as np
 from .backend import Plan
 from .cache import PAGE
 from .config import POSITION_OFFSET
-from .formats import INTEGER_DOT, F32Array, decode, round_activations
+from .formats import INTEGER_DOT, F32Array, U8Array, decode, round_activations
 from .gguf import Tensor
 from .step import FIRED, HALF_FIRED
 
@@ -81,6 +81,9 @@ class Reference:
 
     def close(self) -> None:
         self._decoded.clear()
+
+    def read_rate(self, data: U8Array) -> float:
+        return 0.0
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
         return run

@@ -69,6 +69,10 @@ def test_other_programs():
 
 def test_reader():
     assert Reader().measure(2, times=1) > 1e8
+    for size in (100, 40_000, 20 << 20):  # nothing to read, little, more
+        reader = Reader(np.ones(size, np.uint8))
+        assert reader.size == {100: 0, 40_000: 32768}.get(size, size)
+        assert (reader.measure(2, times=1) > 1e6) == (size > 100)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "numpy"])

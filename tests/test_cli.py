@@ -47,7 +47,7 @@ def test_infer_streams_prompt_and_continuation_and_nothing_else(demo_gguf):
     out, err = result.stdout.decode(), result.stderr.decode()
     assert result.returncode == 0
     assert out.startswith("In the beginning ") and len(out.split()) > 12
-    for line in ("load ", "prompt ", "decode ", "neurons "):
+    for line in ("load ", "prompt ", "decode ", "neurons ", "bound "):
         assert re.search(rf"^{line}", err, re.M), err
     assert "20 tokens" in err and "Traceback" not in err
     quiet = spawn(

@@ -133,6 +133,11 @@ def _timing_block(engine: Engine) -> str:
     ]
     if t.traffic is not None:
         lines.append(f"weights {t.traffic.total / 2**20:9.1f} MiB a token")
+        bound = engine.bound()
+        if bound is not None and decoded and t.decode_s > 0:
+            share = decoded / t.decode_s / bound
+            reading = f"reading those at {bound * t.traffic.total / 1e9:.1f} GB/s"
+            lines.append(f"bound   {bound:9.1f} t/s  ({reading}; {share:.0%} reached)")
     return "\n".join(lines)
 
 

@@ -12,22 +12,23 @@ from .pool import Pool, finish, program, take, wait
 from .simd import load_i32x16, or_i32, prefetch, store_i32x16
 
 SIZE = 512 << 20  # bytes: several times what caches hold
-_PIECE = 1 << 18
-_READ = layout("data n_tasks out")
+_PIECE, _SMALL_PIECE = 1 << 18, 1 << 14
+_READ = layout("data piece n_tasks out")
 
 
 @job
 def read_all(args, control, epoch, thread):
-    """out = all bits of `data` or-ed together; reads _PIECE bytes a task."""
+    """out = all bits of `data` or-ed together; reads `piece` bytes a task."""
     data, n_tasks, out = arg(args, _READ.data), arg(args, _READ.n_tasks), arg(args, _READ.out)
+    piece = arg(args, _READ.piece)
     while True:
         task = take(control, 0, epoch, n_tasks)
         if task < 0:
             break
-        at = data + task * _PIECE
+        at = data + task * piece
         a, b = load_i32x16(at), load_i32x16(at + 64)
         c, d = load_i32x16(at + 128), load_i32x16(at + 192)
-        for i in range(at + 256, at + _PIECE, 256):
+        for i in range(at + 256, at + piece, 256):
             for line in range(0, 256, 64):
                 prefetch(i + 4096 + line)
             a, b = or_i32(a, load_i32x16(i)), or_i32(b, load_i32x16(i + 64))
@@ -38,15 +39,19 @@ def read_all(args, control, epoch, thread):
 
 
 class Reader:
-    """SIZE bytes of memory to read."""
+    """Memory to read: `data` (uint8 [n], at most SIZE bytes of it), or SIZE bytes of our own."""
 
-    def __init__(self) -> None:
-        self._data = np.ones(SIZE, np.uint8)  # zeros might all be one page
-        self._out = np.zeros(SIZE // _PIECE * 64, np.uint8)
-        self._block = build(_READ, data=self._data, n_tasks=SIZE // _PIECE, out=self._out)
+    def __init__(self, data: np.ndarray | None = None) -> None:
+        # Ours: not zeros, which might all be one page.
+        self._data = np.ones(SIZE, np.uint8) if data is None else data[:SIZE]
+        piece = _PIECE if len(self._data) >= 64 * _PIECE else _SMALL_PIECE
+        n_tasks = len(self._data) // piece
+        self.size = n_tasks * piece
+        self._out = np.zeros(n_tasks * 64, np.uint8)
+        self._block = build(_READ, data=self._data, piece=piece, n_tasks=n_tasks, out=self._out)
 
     def measure(self, n_threads: int, times: int = 5) -> float:
-        """Return the best of some reads of it all, in bytes per second."""
+        """Return the best of some reads of it all, in bytes per second (0 for no bytes)."""
         pool, best = Pool(n_threads), float("inf")
         jobs = program([(read_all.address, address(self._block))])
         for _ in range(times):
@@ -54,4 +59,4 @@ class Reader:
             pool.run(jobs)
             best = min(best, time.perf_counter() - started)
         pool.close()
-        return SIZE / best
+        return self.size / best

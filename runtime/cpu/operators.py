@@ -9,10 +9,11 @@ import numpy as np
 
 from ..backend import Plan
 from ..config import POSITION_OFFSET
-from ..formats import BLOCK_SIZES
+from ..formats import BLOCK_SIZES, U8Array
 from ..gguf import Tensor
 from ..weights import Weights
 from . import attention, ffn, ffn_batch, linear
+from .bandwidth import Reader, read_all
 from .block import PRODUCTS, SUMS, address, build, matrix
 from .elementwise import NORMS
 from .gemm import MULTIPLIES, UNPACKS
@@ -34,6 +35,7 @@ _JOBS = (
     ffn.ffn,
     ffn.audit,
     ffn_batch.ffn_batch,
+    read_all,
 )
 
 
@@ -341,6 +343,9 @@ class CPU:
 
     def head(self) -> None:
         self._run(linear.head, self._head)
+
+    def read_rate(self, data: U8Array) -> float:
+        return Reader(data).measure(self.pool.n_threads)
 
     def close(self) -> None:
         self.pool.close()
