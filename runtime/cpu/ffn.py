@@ -144,7 +144,7 @@ def _multiply(up, rows, count, ahead, h, packed, kind, act, fired, scratch):
 
 @function
 def _lanes(args, n_active, task, n_lanes, scratch):
-    """Let some lanes be their share of the down projection, y [n_embd] each.
+    """Set the lanes of a task, y [n_embd] each, to their shares of the down projection.
 
     Reads the rows of up and of down for the neurons of the list: up may silence some more (drelu),
     whose rows of down are not read. In the standard layout of down only act is made.
