@@ -199,7 +199,8 @@ class Engine:
         Reads the model's bytes (at most 512 MiB) a few times to see how fast that goes. None where
         nothing was written, or the backend does not know.
         """
-        read, rate = self.timings.traffic, self._ops.read_rate(self.file.data)
+        read = self.timings.traffic
+        rate = 0.0 if read is None else self._ops.read_rate(self.file.data)
         return rate / read.total if read is not None and rate else None
 
     def no_counts(self) -> Counts:

@@ -11,7 +11,8 @@ from .block import MATRIX, layout
 from .elementwise import exp_below, peak_of, rope_head, scale_by
 from .gemm import panel_bytes, panel_size
 from .jit import arg, function, inline, job
-from .linear import STORE, WORK, add_rows, add_to, matmul_task, n_tasks_of, norm_task
+from .linear import norm_task
+from .matmul import STORE, WORK, add_rows, add_to, matmul_task, n_tasks_of
 from .pool import finish, take, wait
 from .rows import F16, fill_zero, lead, pack_stride
 from .simd import (
@@ -148,7 +149,7 @@ CHUNK = 128  # earlier tokens at a time, for several tokens of a text: whole pag
 
 
 def attend_bytes(n_head: int, n_head_kv: int, head_dim: int, n_tok: int) -> int:
-    """Return the scratch that attend needs behind linear.WORK."""
+    """Return the scratch that attend needs behind matmul.WORK."""
     if n_tok == 1:
         return 4 * (SPLIT + 16)
     n_query = BLOCK * n_head // n_head_kv

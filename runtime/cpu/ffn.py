@@ -19,7 +19,7 @@ import numpy as np
 from ..step import FIRED, HALF_FIRED
 from .block import MATRIX, layout
 from .jit import arg, function, job
-from .linear import (
+from .matmul import (
     ADD,
     LIST,
     ROWS,
@@ -31,7 +31,7 @@ from .linear import (
     rows_per_task,
 )
 from .pool import finish, take, wait
-from .rows import fill_zero, pack, pack_stride, row_number
+from .rows import clear_flags, fill_zero, pack, pack_stride, row_number
 from .simd import (
     append_numbers,
     atomic_add,
@@ -218,9 +218,7 @@ def ffn(args, control, epoch, thread):
         task = take(control, 0, epoch, n_tasks)
         if task < 0:
             break
-        fill_zero(fired, n_ff // 4)
-        for row in range(n_ff // 4 * 4, n_ff):
-            store_u8(fired + row, np.uint8(0))
+        clear_flags(fired, n_ff)
         store_i32(n_rows_at, np.int32(list_rows(mask, n_ff, rows)))
         finish(control, 0)
     if not wait(control, 0, epoch, n_tasks):

@@ -17,7 +17,7 @@ from .block import MATRIX
 from .ffn import DRELU, FFN, activate16, list_rows, pack_act, standard_down
 from .isa import HAS_AMX
 from .jit import arg, function, inline, job
-from .linear import (
+from .matmul import (
     GROUP,
     ROWS,
     WORK,
@@ -25,11 +25,12 @@ from .linear import (
     add_to,
     panel_dots,
     ready_panel,
+    rows_from,
     rows_per_task,
     token_list,
 )
 from .pool import finish, take, wait
-from .rows import fill_zero, pack_stride, row_number
+from .rows import clear_flags, fill_zero, pack_stride, row_number
 from .simd import (
     append_numbers,
     append_values,
@@ -60,7 +61,7 @@ FEW_WIDTH, FEW_PIECE = 512, 1 << 13
 
 
 def down_bytes(n_tok: int) -> int:
-    """Return the scratch that the down projection needs behind linear.WORK."""
+    """Return the scratch that the down projection needs behind matmul.WORK."""
     return 4 * PIECE + 4 * n_tok * max(WIDTH, FEW_WIDTH) + 4 * n_tok
 
 
@@ -116,7 +117,7 @@ def _decide(args, rows, start, n_rows, scratch):
         n_group = min(GROUP, n_tok - group)
         for i in range(0, n_rows, ROWS):
             count = min(ROWS, n_rows - i)
-            first, listed = (0, rows + 4 * i) if rows != 0 else (start + i, 0)
+            first, listed = rows_from(start, rows, i)
             panel = ready_panel(decider, start, rows, n_rows, i, group, n_tok, scratch)
             n, out = _dots(
                 args, decider, flags, panel, listed, first, count, group, n_group, scratch
@@ -153,7 +154,7 @@ def _multiply(args, rows, start, n_rows, scratch):
         n_group = min(GROUP, n_tok - group)
         for i in range(0, n_rows, ROWS):
             count = min(ROWS, n_rows - i)
-            first, listed = (0, rows + 4 * i) if rows != 0 else (start + i, 0)
+            first, listed = rows_from(start, rows, i)
             panel = ready_panel(up, start, rows, n_rows, i, group, n_tok, scratch)
             n, out = _dots(args, up, flags, panel, listed, first, count, group, n_group, scratch)
             for k in range(n):
@@ -292,9 +293,7 @@ def ffn_batch(args, control, epoch, thread):
         if task < 0:
             break
         if task > 0:
-            fill_zero(arg(args, FFN.fired) + (task - 1) * n_ff, n_ff // 4)
-            for row in range(n_ff // 4 * 4, n_ff):
-                store_u8(arg(args, FFN.fired) + (task - 1) * n_ff + row, np.uint8(0))
+            clear_flags(arg(args, FFN.fired) + (task - 1) * n_ff, n_ff)
         elif is_masked:
             store_i32(n_rows_at, np.int32(_list_any(args, arg(args, FFN.mask), n_tok)))
         finish(control, 0)
@@ -311,7 +310,7 @@ def ffn_batch(args, control, epoch, thread):
         if task < 0:
             break
         first = task * size
-        start, listed = (0, rows + 4 * first) if rows != 0 else (first, 0)
+        start, listed = rows_from(0, rows, first)
         _decide(args, listed, start, min(size, n_rows - first), scratch)
         finish(control, 1)
     if not wait(control, 1, epoch, n_tasks):
@@ -340,7 +339,7 @@ def ffn_batch(args, control, epoch, thread):
         if task < 0:
             break
         first = task * size
-        start, listed = (0, rows + 4 * first) if rows != 0 else (first, 0)
+        start, listed = rows_from(0, rows, first)
         _multiply(args, listed, start, min(size, n_rows - first), scratch)
         finish(control, 3)
     if not wait(control, 3, epoch, n_tasks):

@@ -60,8 +60,6 @@ from .tile import (
 )
 
 PANEL = 16  # rows
-
-
 _SUMS, _FOLLOWING = 2048, 128  # bytes behind a panel: sums of two AMX tiles, what _following says
 
 
@@ -104,11 +102,20 @@ def _store_quads(at, quads, zero):
 
 
 @inline
+def _unpack_scales(rows, block_bytes, n, panel):
+    """Widen the f16 that blocks of 32 begin with."""
+    scales = panel + _scales(n)
+    halves = scales + 32 * (n // 32)  # widened in place from the front
+    for block in range(n // 32):
+        copy_halves(rows, block_bytes * block, halves + 32 * block)
+    for block in range(n // 32):
+        store_f32x16(scales + 64 * block, load_f16x16(halves + 32 * block))
+
+
+@inline
 def _unpack_q4_0(rows, following, n, panel):
     """Block: f16 scale, 16 bytes: weight j in the low, weight j + 16 in the high nibble of j."""
-    halves = panel + _scales(n) + 32 * (n // 32)  # widened in place from the front
-    for block in range(n // 32):
-        copy_halves(rows, 18 * block, halves + 32 * block)
+    _unpack_scales(rows, 18, n, panel)
     for block in range(n // 32):
         _fetch(following, 18 * block, 18)
         quads, at = load_4x16(rows, 18 * block + 2), panel + 512 * block
@@ -116,24 +123,18 @@ def _unpack_q4_0(rows, following, n, panel):
             _store_quads(at + 64 * i, and_i32(quads[i], 0x0F0F0F0F), 8)
             high = and_i32(shift_right(quads[i], 4), 0x0F0F0F0F)
             _store_quads(at + 256 + 64 * i, high, 8)
-    for block in range(n // 32):
-        store_f32x16(panel + _scales(n) + 64 * block, load_f16x16(halves + 32 * block))
 
 
 @inline
 def _unpack_q8_0(rows, following, n, panel):
     """Block: f16 scale, 32 signed bytes."""
-    halves = panel + _scales(n) + 32 * (n // 32)
-    for block in range(n // 32):
-        copy_halves(rows, 34 * block, halves + 32 * block)
+    _unpack_scales(rows, 34, n, panel)
     for block in range(n // 32):
         _fetch(following, 34 * block, 34)
         for part in range(2):
             quads = load_4x16(rows, 34 * block + 2 + 16 * part)
             for i in range(4):
                 store_i32x16(panel + 512 * block + 256 * part + 64 * i, quads[i])
-    for block in range(n // 32):
-        store_f32x16(panel + _scales(n) + 64 * block, load_f16x16(halves + 32 * block))
 
 
 @inline
@@ -273,7 +274,7 @@ def _make_multiply(type_):
         t, following = 0, _following(panel, n)
         if load_i64(following) == 0:
             following = 0
-        if HAS_AMX and is_integer and tokens == 0:
+        if HAS_AMX and is_integer and tokens == 0 and n_tok > TILE:
             sums = panel + panel_size(n) - _FOLLOWING - _SUMS
             while n_tok - t > TILE:
                 count = min(n_tok - t, 16)

@@ -12,7 +12,7 @@ from ..config import POSITION_OFFSET
 from ..formats import BLOCK_SIZES, U8Array
 from ..gguf import Tensor
 from ..weights import Weights
-from . import attention, ffn, ffn_batch, linear
+from . import attention, ffn, ffn_batch, linear, matmul
 from .bandwidth import Reader, read_all
 from .block import PRODUCTS, SUMS, address, build, matrix
 from .elementwise import NORMS
@@ -66,10 +66,10 @@ class CPU:
         # or a row of the embedding, or a piece of down.
         # An odd number of cache lines, so that threads do not meet in the same cache sets.
         scratch_bytes = max(
-            *(linear.scratch_bytes(t.cols, max(n_tok, n_out)) for t in w.matrices()),
-            linear.WORK + attention.attend_bytes(c.n_head, c.n_head_kv, c.head_dim, n_tok),
-            linear.WORK + 4 * c.n_embd,
-            linear.WORK + (ffn_batch.down_bytes(n_tok) if n_tok > 1 else 0),
+            *(matmul.scratch_bytes(t.cols, max(n_tok, n_out)) for t in w.matrices()),
+            matmul.WORK + attention.attend_bytes(c.n_head, c.n_head_kv, c.head_dim, n_tok),
+            matmul.WORK + 4 * c.n_embd,
+            matmul.WORK + (ffn_batch.down_bytes(n_tok) if n_tok > 1 else 0),
         )
         scratch_bytes = -(-scratch_bytes // 128) * 128 + 64
         scratch = {

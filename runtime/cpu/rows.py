@@ -359,6 +359,14 @@ def fill_zero(y, n):
         store_f32(y + 4 * i, np.float32(0))
 
 
+@inline
+def clear_flags(flags, n):
+    """flags [n] = 0 (bytes)."""
+    fill_zero(flags, n // 4)
+    for i in range(n // 4 * 4, n):
+        store_u8(flags + i, np.uint8(0))
+
+
 # -- kernels over several rows ----------------------------------------------------------------
 #
 # A few for each format, compiled when a model first needs it; jobs call them by the addresses

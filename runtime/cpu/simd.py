@@ -297,11 +297,18 @@ def max16(b, x):
 _BYTES = ir.VectorType(i8, 16)
 
 
+def _are_set(b: Any, flags: Any) -> Any:
+    return b.icmp_signed("!=", load(b, flags, _BYTES), constant(_BYTES, 0))
+
+
+def _store_flags(b: Any, flags: Any, are_set: Any) -> None:
+    b.store(b.zext(are_set, _BYTES), b.inttoptr(flags, _BYTES.as_pointer()), align=1)
+
+
 @op(void, intp, F32x16, F32x16)
 def store_at_least(b, flags, x, y):
     """flags [16] = x >= y, as 0 or 1."""
-    is_so = b.zext(b.fcmp_ordered(">=", x, y), _BYTES)
-    b.store(is_so, b.inttoptr(flags, _BYTES.as_pointer()), align=1)
+    _store_flags(b, flags, b.fcmp_ordered(">=", x, y))
 
 
 @op(F32x16, F32x16, F32x16)
@@ -313,17 +320,13 @@ def where_at_least(b, x, y):
 @op(F32x16, F32x16, intp)
 def where_set(b, x, flags):
     """x where flags [16] are not 0, else 0."""
-    is_set = b.icmp_signed("!=", load(b, flags, _BYTES), constant(_BYTES, 0))
-    return b.select(is_set, x, constant(F32x16.llvm, 0.0))
+    return b.select(_are_set(b, flags), x, constant(F32x16.llvm, 0.0))
 
 
-@op(int64, intp, F32x16)
+@op(void, intp, F32x16)
 def store_not_zero(b, flags, x):
-    """flags [16] = x != 0, as 0 or 1; returns how many are not zero."""
-    is_so = b.fcmp_unordered("!=", x, constant(F32x16.llvm, 0.0))
-    b.store(b.zext(is_so, _BYTES), b.inttoptr(flags, _BYTES.as_pointer()), align=1)
-    bits = b.zext(b.bitcast(is_so, i16), i64)
-    return call(b, "llvm.ctpop.i64", i64, bits)
+    """flags [16] = x != 0, as 0 or 1."""
+    _store_flags(b, flags, b.fcmp_unordered("!=", x, constant(F32x16.llvm, 0.0)))
 
 
 def _append(b: Any, at: Any, x: Any, is_set: Any) -> None:
@@ -335,7 +338,7 @@ def _append(b: Any, at: Any, x: Any, is_set: Any) -> None:
 @op(int64, intp, intp, int32)
 def append_numbers(b, numbers, flags, first):
     """Append first + lane at `numbers` for the lanes that have a flag [16]; return how many."""
-    is_set = b.icmp_signed("!=", load(b, flags, _BYTES), constant(_BYTES, 0))
+    is_set = _are_set(b, flags)
     lanes = b.add(splat_to(b, first, I32x16.llvm), ir.Constant(I32x16.llvm, list(range(16))))
     _append(b, numbers, lanes, is_set)
     return call(b, "llvm.ctpop.i64", i64, b.zext(b.bitcast(is_set, i16), i64))
@@ -344,7 +347,7 @@ def append_numbers(b, numbers, flags, first):
 @op(void, intp, intp, F32x16)
 def append_values(b, values, flags, x):
     """Append the lanes of x that have a flag [16] at `values`."""
-    _append(b, values, x, b.icmp_signed("!=", load(b, flags, _BYTES), constant(_BYTES, 0)))
+    _append(b, values, x, _are_set(b, flags))
 
 
 @op(int64, int64)
