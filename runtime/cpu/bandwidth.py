@@ -9,6 +9,7 @@ import numpy as np
 from .block import address, build, layout
 from .jit import arg, job
 from .pool import Pool, finish, program, take, wait
+from .rows import SLACK, lead, row_number
 from .simd import load_i32x16, or_i32, prefetch, store_i32x16
 
 SIZE = 512 << 20  # bytes: several times what caches hold
@@ -60,3 +61,50 @@ class Reader:
             best = min(best, time.perf_counter() - started)
         pool.close()
         return self.size / best
+
+
+_READ_ROWS = layout("data row_bytes rows n_rows size out")
+
+
+@job
+def read_rows(args, control, epoch, thread):
+    """out = all bits of listed rows or-ed together; reads n_rows * row_bytes."""
+    data, row_bytes = arg(args, _READ_ROWS.data), arg(args, _READ_ROWS.row_bytes)
+    rows, n_rows = arg(args, _READ_ROWS.rows), arg(args, _READ_ROWS.n_rows)
+    size, out = arg(args, _READ_ROWS.size), arg(args, _READ_ROWS.out)
+    n_tasks, ahead = (n_rows + size - 1) // size, lead(row_bytes)
+    while True:
+        task = take(control, 0, epoch, n_tasks)
+        if task < 0:
+            break
+        bits = load_i32x16(out + 64 * thread)
+        for i in range(task * size, min(task * size + size, n_rows)):
+            at = data + row_number(rows, i) * row_bytes
+            next_row = data + row_number(rows, i + ahead) * row_bytes
+            for line in range(0, row_bytes, 64):
+                prefetch(next_row + line)
+                bits = or_i32(bits, load_i32x16(at + min(line, row_bytes - 64)))
+        store_i32x16(out + 64 * thread, bits)
+        finish(control, 0)
+    wait(control, 0, epoch, n_tasks)
+
+
+class RowReader:
+    """Reads the listed rows of a matrix `data` (uint8 [rows, 64 bytes or more]), `size` a task.
+
+    `job` is for Pool.run.
+    """
+
+    def __init__(self, data: np.ndarray, rows: np.ndarray, size: int, n_threads: int) -> None:
+        self._rows = np.concatenate([rows, np.zeros(SLACK)]).astype(np.int32)
+        self.bits = np.zeros(64 * n_threads, np.uint8)  # of all that was read, or-ed together
+        self._block = build(
+            _READ_ROWS,
+            data=data,
+            row_bytes=data.shape[1],
+            rows=self._rows,
+            n_rows=len(rows),
+            size=size,
+            out=self.bits,
+        )
+        self.job = read_rows.address, address(self._block)

@@ -338,6 +338,10 @@ class CPU:
         is_one = self._captured is not None or self.plan.step.n_tok == 1
         self._run(ffn.ffn if is_one else ffn_batch.ffn_batch, self._ffn[il])
 
+    def ffn_block(self, il: int) -> Block:
+        """Return the argument block of a layer's FFN (ffn.FFN), for benchmarks."""
+        return self._ffn[il]
+
     def audit(self, il: int) -> None:
         self._run(ffn.audit, self._audit[il])
 
