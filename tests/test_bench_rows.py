@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from powerinfer.runtime.cpu.bandwidth import RowReader
 from powerinfer.runtime.cpu.pool import Pool, program
 from powerinfer.tools import bench_rows

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import cos, pi, sin, sqrt, tan
@@ -32,12 +33,13 @@ from ..convert.pwri import encode_original
 from ..predictors.measure import RecallWatcher
 from ..quantize.encoder import add_file_type, encode_rows, row_chunks
 from ..quantize.policy import TARGETS, Policy
-from ..runtime.config import ARCHITECTURES, RunOptions
+from ..runtime.config import ARCHITECTURES, RunOptions, model_config
 from ..runtime.engine import Engine
-from ..runtime.formats import BLOCK_SIZES, F32Array, GGMLType, decode, encode
-from ..runtime.gguf import Value, ValueType
+from ..runtime.formats import BLOCK_SIZES, F32Array, GGMLType, decode, encode, row_bytes
+from ..runtime.gguf import GGUFFile, Metadata, Tensor, Value, ValueType
 from ..runtime.gguf_writer import GGUFWriter
 from ..runtime.tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN
+from ..runtime.weights import Model, load_weights
 
 FIRING, SPREAD = 0.10, 1.05  # thresholds are normal; this spread puts 80 % on the hottest 26 %
 ENERGY = 0.083  # mean of relu(x)^2 over neurons and tokens, x in standard deviations
@@ -69,6 +71,7 @@ SHAPES = {
     "1b": Shape(2048, 5504, 16, 16, 16, 128),
     "7b": Shape(4096, 11008, 32, 32, 32, 128),
     "13b": Shape(5120, 13824, 40, 40, 40, 128),
+    "70b": Shape(8192, 28672, 80, 64, 8, 128),
     "falcon-40b": Shape(8192, 32768, 60, 128, 8, 64, 65024, "falcon"),
 }
 
@@ -89,16 +92,8 @@ def write_synthetic(
     core are in memory. OSError for the disk, RequestError for a file that must not be replaced.
     """
     s = SHAPES[name] if layers is None else replace(SHAPES[name], n_layer=layers)
-    head = head or (GGMLType.Q6_K if target is GGMLType.Q4_0 else target)
-    policy = Policy(target, output_type=target, predictor_type=predictor or target)
+    type_of = _types(target, predictor, head)
     model = _Model(s, seed, _noise(target, predictor or target))
-
-    def type_of(tensor: str, shape: tuple[int, ...]) -> GGMLType:
-        if tensor == "output.weight":
-            return head
-        given = GGMLType.I32 if tensor.endswith("ffn_perm") else GGMLType.F32
-        return policy.type_of(tensor, given, shape)
-
     n_threads = os.cpu_count() or 1
     parts = [tensor_shapes(s, il) for il in range(-1, s.n_layer)]
     with ThreadPoolExecutor(n_threads) as pool, GGUFWriter(path, s.arch) as writer:
@@ -117,6 +112,51 @@ def write_synthetic(
                     jobs = [(tensor, type_, shape, rows) for rows in chunks[i : i + n_threads]]
                     for data in pool.map(lambda job: model.encoded(*job), jobs):
                         writer.write(tensor, data)
+
+
+class ImaginedFile(GGUFFile):
+    """What write_synthetic would write, without writing it: only firing frequencies are there."""
+
+    def __init__(self, name: str, target: GGMLType = GGMLType.Q4_0) -> None:
+        s, type_of = SHAPES[name], _types(target)
+        Metadata.__init__(self, Path(f"synthetic-{name}"), _keys(name, s))
+        self.metadata["general.architecture"] = Value.of(s.arch)
+        frequencies = _frequencies(_lifts(s)).view(np.uint8)
+        self.tensors = {}
+        for il in range(-1, s.n_layer):
+            for tensor, shape in tensor_shapes(s, il).items():
+                if tensor.endswith("ffn_perm"):
+                    continue
+                type_ = type_of(tensor, shape)
+                rows = shape[0] if len(shape) > 1 else 1
+                # One byte of memory, seen everywhere.
+                data = np.broadcast_to(np.uint8(0), (rows, row_bytes(type_, shape[-1])))
+                if tensor.endswith("ffn_freq"):
+                    data = frequencies
+                self.tensors[tensor] = Tensor(tensor, type_, shape, data)
+
+
+def imagine(name: str, target: GGMLType = GGMLType.Q4_0) -> Model:
+    """Return the model SHAPES[name] without weights; it cannot run."""
+    file = ImaginedFile(name, target)
+    config = model_config(file)
+    return Model(file, config, load_weights(file, config))
+
+
+def _types(
+    target: GGMLType, predictor: GGMLType | None = None, head: GGMLType | None = None
+) -> Callable[[str, tuple[int, ...]], GGMLType]:
+    """Return what gives a tensor its type, by name and shape; None as in write_synthetic."""
+    head = head or (GGMLType.Q6_K if target is GGMLType.Q4_0 else target)
+    policy = Policy(target, output_type=target, predictor_type=predictor or target)
+
+    def type_of(tensor: str, shape: tuple[int, ...]) -> GGMLType:
+        if tensor == "output.weight":
+            return head
+        given = GGMLType.I32 if tensor.endswith("ffn_perm") else GGMLType.F32
+        return policy.type_of(tensor, given, shape)
+
+    return type_of
 
 
 def tensor_shapes(s: Shape, il: int) -> dict[str, tuple[int, ...]]:
@@ -150,6 +190,18 @@ def tensor_shapes(s: Shape, il: int) -> dict[str, tuple[int, ...]]:
     return {f"blk.{il}.{name}": shape for name, shape in shapes.items()}
 
 
+def _lifts(s: Shape) -> F32Array:
+    """Return how far the mean lifts each neuron above 0, in standard deviations: [n_ff]."""
+    normal, middle = NormalDist(), NormalDist().inv_cdf(FIRING) * sqrt(1 + SPREAD**2)
+    hot_first = [normal.inv_cdf(1 - (i + 0.5) / s.n_ff) for i in range(s.n_ff)]
+    return np.array([middle + SPREAD * x for x in hot_first], np.float32)
+
+
+def _frequencies(lifts: F32Array) -> F32Array:
+    """Return how often neurons fire that are lifted by so much: [1, n_ff]."""
+    return np.array([[NormalDist().cdf(x) for x in lifts.tolist()]], np.float32)
+
+
 class _Model:
     """Makes the rows of a model's tensors, each chunk from a seed of its own."""
 
@@ -158,11 +210,8 @@ class _Model:
         # Of length sqrt(n_embd), as h is. Alternating: a layer norm leaves it alone, and a part of
         # a row can be freed of it.
         self._mean = np.resize(np.array([1, -1], np.float32), s.n_embd)
-        normal, middle = NormalDist(), NormalDist().inv_cdf(FIRING) * sqrt(1 + SPREAD**2)
-        hot_first = [normal.inv_cdf(1 - (i + 0.5) / s.n_ff) for i in range(s.n_ff)]
-        # How far the mean lifts each neuron above 0, in standard deviations: [n_ff].
-        self._lift = np.array([middle + SPREAD * x for x in hot_first], np.float32)
-        self._freq = np.array([[normal.cdf(x) for x in self._lift.tolist()]], np.float32)
+        self._lift = _lifts(s)
+        self._freq = _frequencies(self._lift)
         # Encoding Q6_K is slow: its rows are drawn from these blocks.
         blocks = self._rng("q6_k").standard_normal(
             (1024, BLOCK_SIZES[GGMLType.Q6_K][0]), np.float32
