@@ -66,6 +66,18 @@ class Backend(Protocol):
     def head(self) -> None:
         """logits = norm(x) @ output, for the tokens in step.outputs."""
 
+    def show(self) -> None:
+        """Bring plan.buffers up to date: x, h, scores, mask and fired of the step's tokens."""
+
+    def take_mask(self, il: int) -> None:
+        """Use the mask in plan.buffers, which may have been changed, for the FFN of layer `il`."""
+
+    def finish(self) -> None:
+        """Wait for all operators called so far; logits and counts in plan.buffers are then there.
+
+        What went wrong since they were called is raised here at the latest.
+        """
+
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """Return what does the same as `run`, which calls operators, for any step of one token.
 

@@ -189,7 +189,9 @@ class Engine:
                 part = outputs[i : i + N_OUT]
                 plan.step.want(part)
                 self._ops.head()
+                self._ops.finish()
                 out[i : i + len(part)] = plan.buffers.logits[: len(part)]
+            self._ops.finish()
             counts += plan.buffers.counts
         return out
 

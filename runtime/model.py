@@ -33,19 +33,31 @@ def forward(plan: Plan, ops: Backend, watchers: Sequence[Watcher] = ()) -> None:
     x [n_tok, n_embd] is the residual stream, h what the FFN sees, a the attention's output,
     mask the neurons predicted for each token; all of them live in plan.buffers.
     """
+    is_parallel = plan.config.traits.is_parallel
     ops.embed()  # tokens -> x
     for il in range(plan.config.n_layer):
+        if is_parallel:  # Falcon: the FFN reads the layer's input; what is cold may start at once
+            _foresee(plan, ops, il)
         ops.qkv(il)  # x -> q; k, v -> cache
         ops.attend(il)  # q, cache -> a
-        if not plan.config.traits.is_parallel:
+        if not is_parallel:
             ops.out_add(il)  # x += a @ wo
-        ops.ffn_norm(il)  # x -> h
-        if plan.mode == "predicted":
-            ops.predict(il)  # x or h -> scores, mask
-        for watcher in watchers:
-            watcher.before_ffn(ops, il)
+            _foresee(plan, ops, il)
+        if watchers:
+            ops.show()
+            for watcher in watchers:
+                watcher.before_ffn(ops, il)
+            ops.take_mask(il)
         ops.ffn(il)  # x += ffn(h)
-        for watcher in watchers:
-            watcher.after_ffn(ops, il)
-        if plan.config.traits.is_parallel:
-            ops.out_add(il)  # Falcon: the FFN has read the layer's input, as attention did
+        if watchers:
+            ops.show()
+            for watcher in watchers:
+                watcher.after_ffn(ops, il)
+        if is_parallel:
+            ops.out_add(il)
+
+
+def _foresee(plan: Plan, ops: Backend, il: int) -> None:
+    ops.ffn_norm(il)  # x -> h
+    if plan.mode == "predicted":
+        ops.predict(il)  # x or h -> scores, mask

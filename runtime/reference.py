@@ -82,6 +82,15 @@ class Reference:
     def close(self) -> None:
         self._decoded.clear()
 
+    def show(self) -> None:
+        """All operators work in plan.buffers, and have finished when they return."""
+
+    def take_mask(self, il: int) -> None:
+        """See show()."""
+
+    def finish(self) -> None:
+        """See show()."""
+
     def read_rate(self, data: U8Array) -> float:
         return 0.0
 

@@ -93,7 +93,7 @@ class Buffers:
         self.fired = np.zeros((n_tok_max, c.n_ff), np.uint8)
         self.truth = np.zeros(c.n_ff, np.uint8)  # the same of all neurons, for an audited token
         self.logits = np.zeros((n_out_max, c.n_vocab), np.float32)
-        # Since the last reset, per layer and summed over tokens; the columns are COUNTS.
+        # Since they were last set to 0, per layer and summed over tokens; the columns are COUNTS.
         self.counts = np.zeros((c.n_layer, len(COUNTS)), np.int64)
 
 

@@ -338,6 +338,15 @@ class CPU:
         is_one = self._captured is not None or self.plan.step.n_tok == 1
         self._run(ffn.ffn if is_one else ffn_batch.ffn_batch, self._ffn[il])
 
+    def show(self) -> None:
+        """All operators work in plan.buffers, and have finished when they return."""
+
+    def take_mask(self, il: int) -> None:
+        """See show()."""
+
+    def finish(self) -> None:
+        """See show()."""
+
     def ffn_block(self, il: int) -> Block:
         """Return the argument block of a layer's FFN (ffn.FFN), for benchmarks."""
         return self._ffn[il]
