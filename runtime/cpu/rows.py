@@ -478,9 +478,9 @@ def _make_widen(type_):
     def widen(w, row_bytes, n, rows, count, out, out_bytes):
         for i in range(count):
             at, to = w + row_number(rows, i) * row_bytes, out + i * out_bytes
-            ahead = w + row_number(rows, i + 8) * row_bytes
+            ahead = w + row_number(rows, i + 24) * row_bytes
             for line in range(0, n // block_size * block_bytes, 64):
-                prefetch(ahead + line)
+                prefetch_far(ahead + line)
             if type_ in (Q4_0, Q8_0):
                 zero = splat(np.float32(0))
                 for block in range(n // 32):
