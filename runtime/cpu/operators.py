@@ -28,6 +28,7 @@ _JOBS = (
     linear.embed,
     linear.ffn_norm,
     linear.out_add,
+    linear.pack_rows,
     linear.predict,
     linear.head,
     attention.qkv,
@@ -143,6 +144,9 @@ class CPU:
             output=matrix(w.output),
             **normed,
             **scratch,
+        )
+        self._pack_h = build(
+            linear.PACK, counts=step.counts, x=b.h, n=c.n_embd, **packed_embd
         )
         self._qkv: list[Block] = []
         self._attend: list[Block] = []
@@ -346,6 +350,20 @@ class CPU:
 
     def finish(self) -> None:
         """See show()."""
+
+    def be_part(self, il: int, out: np.ndarray) -> None:
+        """Let ffn(il) add to `out` [n_tok, n_embd] what the neurons in mask give, and no bias.
+
+        For another backend that has the others: it makes buffers.h (see pack_h) and mask.
+        """
+        block = self._ffn[il]
+        block[ffn.FFN.x] = address(out)
+        block[ffn.FFN.has_mask], block[ffn.FFN.is_dense] = 1, 0
+        block[ffn.FFN.down_bias] = 0
+
+    def pack_h(self) -> None:
+        """Round buffers.h, made by another backend, as ffn and audit want it."""
+        self._run(linear.pack_rows, self._pack_h)
 
     def ffn_block(self, il: int) -> Block:
         """Return the argument block of a layer's FFN (ffn.FFN), for benchmarks."""
