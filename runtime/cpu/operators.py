@@ -14,7 +14,7 @@ from ..gguf import Tensor
 from ..weights import Weights
 from . import attention, ffn, ffn_batch, linear, matmul
 from .bandwidth import Reader, read_all
-from .block import PRODUCTS, SUMS, address, build, matrix
+from .block import MATRIX, PRODUCTS, SUMS, address, build, matrix
 from .elementwise import NORMS
 from .gemm import MULTIPLIES, UNPACKS
 from .jit import Kernel, load_kernels
@@ -102,7 +102,9 @@ class CPU:
         n_splits = -(-len(plan.rope) // attention.SPLIT)
         size = len(step.pages) * c.n_head * n_splits * attention.partial_floats(c.head_dim)
         partial = self._floats(size if n_splits > 1 else 0)
+        # Falcon's FFN, whose input is made before attention, reads it after: qkv has its own.
         attention_h = self._floats(n_tok, c.n_embd)
+        attention_packs = self._bytes(n_tok * pack_bytes(c.n_embd))
         k, v = self._floats(n_tok, kv_dim), self._floats(n_tok, kv_dim)
         a_packs = self._bytes(n_tok * pack_bytes(q_dim))
         hidden = self._floats(n_tok, rank)
@@ -145,9 +147,7 @@ class CPU:
             **normed,
             **scratch,
         )
-        self._pack_h = build(
-            linear.PACK, counts=step.counts, x=b.h, n=c.n_embd, **packed_embd
-        )
+        self._pack_h = build(linear.PACK, counts=step.counts, x=b.h, n=c.n_embd, **packed_embd)
         self._qkv: list[Block] = []
         self._attend: list[Block] = []
         self._out_add: list[Block] = []
@@ -172,7 +172,7 @@ class CPU:
                     wk=matrix(layer.wk, layer.bk),
                     wv=matrix(layer.wv, layer.bv),
                     **where,
-                    **normed,
+                    **(normed | {"packs": attention_packs}),
                     **heads,
                     **cache,
                     **scratch,
@@ -359,7 +359,7 @@ class CPU:
         block = self._ffn[il]
         block[ffn.FFN.x] = address(out)
         block[ffn.FFN.has_mask], block[ffn.FFN.is_dense] = 1, 0
-        block[ffn.FFN.down_bias] = 0
+        block[ffn.FFN.down_bias] = block[ffn.FFN.down + MATRIX.bias] = 0
 
     def pack_h(self) -> None:
         """Round buffers.h, made by another backend, as ffn and audit want it."""
