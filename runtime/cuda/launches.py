@@ -203,7 +203,7 @@ class Builder:
         c = self._plan.config
         return _always(
             _launch(
-                "norm",
+                "norm_rows",
                 lambda n: (n,),
                 counts=self._counts(of_outputs),
                 index=self._at["outputs"] if of_outputs else 0,
@@ -435,8 +435,10 @@ class Builder:
             act=at["act"],
             n_tok=at["counts"],
             y=at["down_parts"],
+            block_neuron=neuron_of,
             first_block=0,
             n_blocks=n_blocks,
+            n_ff=c.n_ff,
             op=STORE,
         )
         return Launches([one], [many])
