@@ -257,12 +257,12 @@ CUSIM unsigned __umulhi(unsigned a, unsigned b) { return (uint64_t)a * b >> 32; 
 // As in CUDA: of a number and a NaN, the number.
 CUSIM float max(float a, float b) { return fmaxf(a, b); }
 CUSIM float min(float a, float b) { return fminf(a, b); }
-template <class A, class B> CUSIM auto max(A a, B b) -> decltype(true ? a : b) {
-    decltype(true ? a : b) x = a, y = b;
+template <class A, class B> CUSIM auto max(A a, B b) {
+    decltype(a + b) x = a, y = b;
     return x < y ? y : x;
 }
-template <class A, class B> CUSIM auto min(A a, B b) -> decltype(true ? a : b) {
-    decltype(true ? a : b) x = a, y = b;
+template <class A, class B> CUSIM auto min(A a, B b) {
+    decltype(a + b) x = a, y = b;
     return y < x ? y : x;
 }
 CUSIM float rsqrtf(float x) { return float(1.0 / sqrt(double(x))); }
