@@ -14,10 +14,16 @@ NOT_PACKED = (None, None, None)
 NOWHERE = 1 << 28  # where nothing may be read
 
 
-def launch(sim: Simulator, kernel: str, grid: int | tuple[int, ...], **values: Any) -> None:
-    """Launch a kernel with the block that its source says."""
+def launch(
+    sim: Simulator,
+    kernel: str,
+    grid: int | tuple[int, ...],
+    order_seed: int | None = None,
+    **values: Any,
+) -> None:
+    """Launch a kernel with the block that its source says, and values for all its fields."""
     args = arguments.fill(kernel, **values)
-    sim.launch(kernel, grid, arguments.kernels()[kernel].block, args)
+    sim.launch(kernel, grid, arguments.kernels()[kernel].block, args, order_seed=order_seed)
 
 
 def packed(sim: Simulator, n_tok: int, cols: int) -> tuple[Any, Any, Any]:
