@@ -11,7 +11,7 @@ import numpy as np
 from ..backend import Plan
 from ..config import RunOptions
 from ..errors import RequestError
-from ..footprint import model_sizes
+from ..footprint import ModelSizes, model_sizes
 from ..plan import Placement, Rates
 from ..plan import plan as make_placement
 from ..weights import Model
@@ -49,16 +49,20 @@ def open_gpu(
         notify(f"{reason}; running on the CPU")
         return None
     device = open_device(options.gpu, notify)
-    placement = place(model, plan, options, device)
-    if not placement.gpu_layers:
-        device.close()
+    try:
+        placement = place(model, plan, options, device)
+        if placement.gpu_layers:
+            backend = CUDA(plan, placement, device, options.threads, notify, progress)
+            notify(describe(placement, device))
+            return backend
         if must:
             raise RequestError(placement.note)
-        notify(f"{device.name}: {placement.note}")
-        return None
-    backend = CUDA(plan, placement, device, options.threads, notify, progress)
-    notify(describe(placement, device))
-    return backend
+    except BaseException:
+        device.close()
+        raise
+    device.close()
+    notify(f"{device.name}: {placement.note}")
+    return None
 
 
 def open_device(number: int, notify: Callable[[str], Any]) -> Device:
@@ -81,7 +85,14 @@ def place(model: Model, plan: Plan, options: RunOptions, device: Device) -> Plac
                 f"{device.name} has {device.memory_free() / 2**30:.2f} GiB free, less than the "
                 f"budget of {options.vram_budget:g} GiB"
             )
-    sizes = model_sizes(
+    threads = options.threads or physical_cores()
+    rates = Rates(read_rate(device), Reader(model.file.data).measure(threads, 2), CROSSING)
+    return make_placement(sizes(model, plan), rates, max(budget, 0))
+
+
+def sizes(model: Model, plan: Plan) -> ModelSizes:
+    """Measure a model as a plan is to run it."""
+    return model_sizes(
         model,
         plan.mode,
         len(plan.rope),
@@ -90,9 +101,6 @@ def place(model: Model, plan: Plan, options: RunOptions, device: Device) -> Plac
         n_tok=len(plan.step.tokens),
         n_out=len(plan.step.outputs),
     )
-    threads = options.threads or physical_cores()
-    rates = Rates(read_rate(device), Reader(model.file.data).measure(threads, 2), CROSSING)
-    return make_placement(sizes, rates, max(budget, 0))
 
 
 def read_rate(device: Device, nbytes: int = _PROBE) -> float:

@@ -146,10 +146,10 @@ def aligned(nbytes: int) -> int:
 
 
 class Slab:
-    """One allocation on a device, handed out in order; the budget is its size, to the byte."""
+    """One allocation on a device, handed out in order, and freed when the device is closed."""
 
     def __init__(self, device: Device, nbytes: int) -> None:
-        self._device, self.size, self.used = device, nbytes, 0
+        self.size, self.used = nbytes, 0
         self.address = device.allocate(nbytes) if nbytes else 0
 
     def take(self, nbytes: int) -> int:
@@ -162,12 +162,6 @@ class Slab:
         address = self.address + self.used
         self.used += aligned(nbytes)
         return address
-
-    def close(self) -> None:
-        """Free it, once; nothing that it handed out may be in use."""
-        if self.address:
-            address, self.address, self.size, self.used = self.address, 0, 0, 0
-            self._device.free(address)
 
 
 class Uploader:

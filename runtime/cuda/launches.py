@@ -15,7 +15,7 @@ import numpy as np
 
 from ..backend import Plan
 from ..config import POSITION_OFFSET
-from ..footprint import ATTENTION_SPAN, BLOCK, DOWN_SPLITS
+from ..footprint import ATTENTION_SPAN, BLOCK, DOWN_SPLITS, device_type
 from ..formats import INTEGER_DOT
 from ..gguf import Tensor
 from ..plan import LayerPlacement
@@ -220,7 +220,7 @@ class Builder:
 
     def _packed(self, x: _Input, cols: int, weight: Tensor) -> Launches:
         """Round activations for a weight that wants it, where no kernel does as it makes them."""
-        if weight.type not in INTEGER_DOT:
+        if device_type(weight.type) not in INTEGER_DOT:
             return Launches()
         values = {"x": x.x, "cols": cols, "packed": x.packed, "counts": self._at["counts"]}
         return _always(_launch("pack", lambda n: (_parts(cols, 256), n), **values))
@@ -334,16 +334,19 @@ class Builder:
     ) -> tuple[Launches, Launches]:
         """Return the launches of a layer's resident neurons, and those that add them up."""
         c, at, n = self._plan.config, self._at, place.slots
-        is_standard, has_cold = layer.down_t is None, n < place.n_blocks
-        rows = self._rows(il, layer, slot, n) if n else Launches()
-        if n and is_standard:  # all of them
-            act = self._input("act")
-            assert layer.down is not None
-            down = self._load.matrix(layer.down)
-            product = self._product(down, act, at["x"], ADD, layer.down_bias)
-            return rows, self._packed(act, c.n_ff, layer.down) + product
+        rows, has_cold = Launches(), n < place.n_blocks
         if n:
-            rows += self._down(layer, slot, n)
+            neuron_of = self._load.array(np.arange(n, dtype=np.int32))
+            rows = self._rows(il, layer, slot, neuron_of, n)
+            if layer.down is not None:  # the standard layout: all neurons are there
+                if c.n_ff % BLOCK:  # act in whole blocks would not be rows for a product
+                    rows = Launches(rows.one, rows.one)
+                act = self._input("act")
+                product = self._product(
+                    self._load.matrix(layer.down), act, at["x"], ADD, layer.down_bias
+                )
+                return rows, self._packed(act, c.n_ff, layer.down) + product
+            rows += self._down(layer, slot, neuron_of, n)
         adding = {
             **{name: at[name] for name in ("counts", "x")},
             "parts": at["down_parts"],
@@ -361,7 +364,7 @@ class Builder:
 
         return rows, Launches([add(DOWN_SPLITS)], [add(1)])
 
-    def _rows(self, il: int, layer: Layer, slot: int, n_blocks: int) -> Launches:
+    def _rows(self, il: int, layer: Layer, slot: int, neuron_of: int, n_blocks: int) -> Launches:
         """act of the resident neurons: by one kernel, or one for each of two formats."""
         c, at, h, load = self._plan.config, self._at, self._input("h"), self._load
         decider, up = load.matrix(layer.decider, blocks=n_blocks), _NOTHING
@@ -374,7 +377,6 @@ class Builder:
             "decider_bias": load.floats(layer.decider_bias),
             "up_bias": load.floats(layer.up_bias),
         }
-        neuron_of = load.array(np.arange(_parts(c.n_ff, BLOCK), dtype=np.int32))
         launches = Launches()
         for gate, factor, suffix in passes:
             values = {
@@ -411,7 +413,7 @@ class Builder:
             launches += Launches([one], [many])
         return launches
 
-    def _down(self, layer: Layer, slot: int, n_blocks: int) -> Launches:
+    def _down(self, layer: Layer, slot: int, neuron_of: int, n_blocks: int) -> Launches:
         """down_parts = the resident neurons' sum, in DOWN_SPLITS parts for one token."""
         c, at = self._plan.config, self._at
         assert layer.down_t is not None

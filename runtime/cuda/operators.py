@@ -10,6 +10,7 @@ A token on its own is replayed as graphs, cut where the host has something to do
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from ..backend import Plan
 from ..cpu.operators import CPU
-from ..footprint import workspace
+from ..footprint import BLOCK, workspace
 from ..formats import U8Array
 from ..plan import Placement
 from .device import Device, Slab, Uploader
@@ -51,8 +52,6 @@ class CUDA:
         # What both sides touch is pinned memory, before the CPU's argument blocks point at it.
         self._host_at = plan.buffers.relocate(self._pinned)
         self._part, self._part_at = self._pinned(plan.buffers.x.shape, np.float32)
-        self._fired, self._fired_at = self._pinned(plan.buffers.fired.shape, np.uint8)
-        self._taken, self._taken_at = self._pinned(plan.buffers.scores.shape, np.float32)
         self._counted, self._counted_at = self._pinned(plan.buffers.counts.shape, np.int64)
         self.cpu = CPU(plan, threads, notify)
 
@@ -91,6 +90,21 @@ class CUDA:
 
     # -- memory -----------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def _watched(self) -> dict[str, tuple[np.ndarray, int]]:
+        """What watchers look at or change and nobody else copies, as it is on the device.
+
+        Much memory, and only needed where somebody watches.
+        """
+        n_ff, n_tok = self.plan.config.n_ff, len(self.plan.step.tokens)
+        return {
+            "scores": self._pinned((n_tok, n_ff), np.float32),
+            "fired": self._pinned((n_tok, n_ff), np.uint8),
+            "act": self._pinned((n_tok, -(-n_ff // BLOCK) * BLOCK), np.float32),
+            "list": self._pinned((n_tok, n_ff), np.int32),
+            "listed": self._pinned((n_tok,), np.int32),
+        }
+
     def _pinned(self, shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, int]:
         """Return zeros in host memory that the device sees, and their address there."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -126,10 +140,10 @@ class CUDA:
         row = getattr(self.plan.buffers, name)[0].nbytes
         self._tape.copy(self._at[name], self._host_at[name], row * self._n)
 
-    def _down(self, name: str, source: str = "", to: int = 0) -> None:
-        """Copy the device's rows of the step's tokens to a host buffer, or to address `to`."""
+    def _down(self, name: str, source: str = "") -> None:
+        """Copy the device's rows of the step's tokens to a host buffer."""
         row = getattr(self.plan.buffers, name)[0].nbytes
-        self._tape.copy(to or self._host_at[name], self._at[source or name], row * self._n)
+        self._tape.copy(self._host_at[name], self._at[source or name], row * self._n)
 
     def _wait(self) -> None:
         """Let the host wait for all that has been queued."""
@@ -228,8 +242,9 @@ class CUDA:
             return
         # As scores, which nobody asks for any more: beyond every threshold, or below.
         n, b = self._n, self.plan.buffers
-        self._taken[:n] = np.where(b.mask[:n], np.inf, -np.inf)
-        self._tape.copy(self._at["scores"], self._taken_at, self._taken[:n].nbytes)
+        scores, address = self._watched["scores"]
+        scores[:n] = np.where(b.mask[:n], np.inf, -np.inf)
+        self._tape.copy(self._at["scores"], address, scores[:n].nbytes)
         self._divide(layer, layer.recompact)
 
     def ffn(self, il: int) -> None:
@@ -252,10 +267,8 @@ class CUDA:
         self.cpu.ffn(il)
 
     def audit(self, il: int) -> None:
-        # Now and then, of one token: the CPU has all rows of the decider. h is in the host's
-        # buffers: show() has been called.
-        if il < self._n_gpu:
-            self.cpu.pack_h()
+        # Now and then, of one token: the CPU has all rows of the decider, and show() has been
+        # called.
         self.cpu.audit(il)
 
     def head(self) -> None:
@@ -282,12 +295,23 @@ class CUDA:
         n, b = self._n, self.plan.buffers
         for name in ("x", "h", *(("scores", "mask") if self.plan.mode == "predicted" else ())):
             self._down(name)
-        self._down("fired", to=self._fired_at)
+        for name in ("fired", "act", "list", "listed"):
+            array, address = self._watched[name]
+            self._tape.copy(address, self._at[name], array[:n].nbytes)
         self._wait()
+        self.cpu.pack_h()  # for audits
+        fired, act = self._watched["fired"][0][:n], self._watched["act"][0].reshape(-1)
         if self._layers[self._il].has_cold:  # the CPU has set those of its own neurons
-            np.maximum(b.fired[:n], self._fired[:n], out=b.fired[:n])
+            np.maximum(b.fired[:n], fired, out=b.fired[:n])
         else:
-            b.fired[:n] = self._fired[:n]
+            b.fired[:n] = fired
+        if n == 1:  # act is in the order of the list
+            listed = self._watched["list"][0][0, : self._watched["listed"][0][0]]
+            b.act[0, listed] = act[: len(listed)]
+        else:  # of whole blocks
+            width = BLOCK * self.placement.layers[self._il].slots
+            n_there = min(width, self.plan.config.n_ff)
+            b.act[:n, :n_there] = act[: n * width].reshape(n, width)[:, :n_there]
 
     def finish(self) -> None:
         if not self._is_running:
@@ -318,5 +342,4 @@ class CUDA:
 
     def close(self) -> None:
         self.cpu.close()
-        self._slab.close()
         self.device.close()
