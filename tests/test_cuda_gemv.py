@@ -132,7 +132,7 @@ FAULTS = {
         "out of bounds",
     ),
     "a result for a row that is not there": (
-        ("gemv", "f32", 7, "lane_id() == r && first + r < p.w.rows", "lane_id() == r"),
+        ("gemv", "f32", 7, "lane_id() < GEMV_ROWS && mine < p.w.rows", "lane_id() < GEMV_ROWS"),
         "race",
     ),
     "a weight beyond the row": (

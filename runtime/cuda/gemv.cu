@@ -28,25 +28,21 @@ template <class F> __device__ inline void gemv(const gemv_args& p) {
     const int t = blockIdx.y;
     const int first = (blockIdx.x * (GEMV_THREADS / WARP) + warp_id()) * GEMV_ROWS;
     if (first >= p.w.rows) return;
+    // Lane r has the result of row first + r, and only it looks at what the result is added to:
+    // before the long wait, so that it is there afterwards.
+    const int mine = first + lane_id();
+    const bool is_mine = lane_id() < GEMV_ROWS && mine < p.w.rows;
+    float* y = p.y + (long long)t * p.y_stride + mine;
+    float sum = is_mine && p.op == ADD ? *y : 0;
+    if (is_mine && p.bias) sum += p.bias[mine];
     int rows[GEMV_ROWS];
-    float before[GEMV_ROWS];  // what the result is added to: asked for before the long wait
-    float* y[GEMV_ROWS];
 #pragma unroll
-    for (int r = 0; r < GEMV_ROWS; r++) {
-        rows[r] = min(first + r, p.w.rows - 1);
-        y[r] = p.y + (long long)t * p.y_stride + rows[r];
-        before[r] = p.op == ADD ? *y[r] : 0;
-        if (p.bias) before[r] += p.bias[rows[r]];
-    }
+    for (int r = 0; r < GEMV_ROWS; r++) rows[r] = min(first + r, p.w.rows - 1);
     float sums[GEMV_ROWS];
     dot_rows<F>(p.w, rows, Input{p.x, p.x_packed, p.w.cols}.token(t), sums);
 #pragma unroll
-    for (int r = 0; r < GEMV_ROWS; r++) {
-        if (lane_id() == r && first + r < p.w.rows) {
-            const float sum = before[r] + sums[r];
-            *y[r] = p.op == STORE_RELU && sum < 0 ? 0 : sum;
-        }
-    }
+    for (int r = 0; r < GEMV_ROWS; r++) sum += lane_id() == r ? sums[r] : 0;
+    if (is_mine) *y = p.op == STORE_RELU && sum < 0 ? 0 : sum;
 }
 
 #define GEMV(suffix, F)                                                                            \
