@@ -25,7 +25,6 @@ from .loading import DeviceMatrix, Loader
 
 ACTIVATIONS = ("relu", "fatrelu", "drelu", "relu2", "silu", "gelu")  # common.cuh, Activation
 STORE, ADD, STORE_RELU = range(3)  # common.cuh, Op
-_INTEGER = {type_.name.lower() for type_ in INTEGER_DOT}
 _ROW_BLOCKS = 1024  # of 8 warps each, that take the neurons of a list in turn
 _UNITS = {"q4_0": 32, "q8_0": 16, "q6_k": 64, "f16": 8, "f32": 4}  # formats.cuh, UNIT
 _NOTHING = DeviceMatrix(0, 0, 0, 0, "")

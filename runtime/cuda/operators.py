@@ -85,6 +85,7 @@ class CUDA:
         self._is_running = False  # whether there may be work that has not been waited for
         self._x_is_there = True  # on the device, as far as operators have been called
         self._il = 0  # the layer whose operators were called last
+        self._has_scores = True  # on the device; else take_mask() has replaced them
         self._counts_added = np.zeros_like(self._counted)
         self._head_of_one = self._captured(lambda: self._run_head(1))
 
@@ -226,6 +227,7 @@ class CUDA:
             self._tape.host(lambda: self.cpu.predict(il))
             return
         self._run(layer.predict)
+        self._has_scores = True
         self._divide(layer, layer.compact)
 
     def _divide(self, layer: LayerLaunches, compact: Launches) -> None:
@@ -245,6 +247,7 @@ class CUDA:
         scores, address = self._watched["scores"]
         scores[:n] = np.where(b.mask[:n], np.inf, -np.inf)
         self._tape.copy(self._at["scores"], address, scores[:n].nbytes)
+        self._has_scores = False
         self._divide(layer, layer.recompact)
 
     def ffn(self, il: int) -> None:
@@ -293,8 +296,15 @@ class CUDA:
         if self._il >= self._n_gpu:
             return
         n, b = self._n, self.plan.buffers
-        for name in ("x", "h", *(("scores", "mask") if self.plan.mode == "predicted" else ())):
-            self._down(name)
+        is_predicted = self.plan.mode == "predicted"
+        for name, is_wanted in (
+            ("x", True),
+            ("h", True),
+            ("scores", is_predicted and self._has_scores),
+            ("mask", is_predicted),
+        ):
+            if is_wanted:
+                self._down(name)
         for name in ("fired", "act", "list", "listed"):
             array, address = self._watched[name]
             self._tape.copy(address, self._at[name], array[:n].nbytes)
