@@ -50,8 +50,8 @@ struct attend_split_args {
 // from the L2 cache); 4 * (head_dim + 2) written for each head.
 //
 // A warp has a page. For K a quad of lanes reads a row, a lane every fourth piece, four rows at a
-// time, so that what it reads of q serves four rows: 4 loads of 16 bytes a lane are in flight. For V
-// a lane keeps its 8 dimensions of all heads, and as many rows are read at once as fill the warp.
+// time, so that what it reads of q serves four rows: 4 loads of 16 bytes a lane are in flight. For
+// V a lane keeps its 8 dimensions of all heads, and as many rows are read at once as fill the warp.
 //
 // launch: grid (n_splits, n_head_kv * ceil(n_head / n_head_kv / 8), n_tok), block 256
 template <class T> __device__ inline void attend_split(const attend_split_args& p) {
@@ -324,6 +324,7 @@ __device__ inline void attend_run(const attend_tile_args& p, Tile& tile, int fir
         for (int s = 0; s < STAGES; s++) {
             const int dims = min(PIECE * n_pieces(head_dim) - s * STAGE_DIMS, STAGE_DIMS);
             stage(tile, (const T*)p.k_cache + at, n, s * STAGE_DIMS, head_dim);
+#pragma unroll 2  // registers: by four some would spill
             for (int d = 0; d < dims; d += 4) {
                 const float4 k = *(const float4*)&tile.stage[lane][d];
 #pragma unroll
@@ -409,9 +410,9 @@ __device__ inline void attend_tile(const attend_tile_args& p, Tile& tile) {
     const int end = min(begin + N, n_tok * group);
     for (int i = threadIdx.x; i < TILE_FLOATS; i += ATTEND_THREADS) {
         const int query = begin + i / WIDTH, d = i % WIDTH;
+        const long long t = query / group, head = kv_head * group + query % group;
         const bool is_any = query < end && d < p.head_dim;
-        const long long head = kv_head * group + query % group;
-        tile.q[i] = is_any ? p.q[(long long)(query / group) * p.q_stride + head * p.head_dim + d] : 0;
+        tile.q[i] = is_any ? p.q[t * p.q_stride + head * p.head_dim + d] : 0;
     }
     // A tile may hold tokens of several sequences: each run of one is done by itself. (The first
     // barrier of stage() stands between this and the first look at tile.q.)
@@ -431,7 +432,7 @@ __device__ inline void attend_tile(const attend_tile_args& p, Tile& tile) {
 // of a kv head: tokens times the heads that share it, heads of a token side by side.
 // Bytes: K and V of the sequence up to the tile's last token, once a tile; q read, a written once.
 //
-// launch: grid (ceil(n_tok * n_head / n_head_kv / (head_dim > 128 ? 16 : 32)), n_head_kv), block 256
+// launch: grid (ceil(n_tok * n_head / n_head_kv / queries), n_head_kv), block 256
 template <class T> __device__ inline void attend_tile(const attend_tile_args& p) {
     __shared__ alignas(16) Tile tile;
     if (p.head_dim <= STAGE_DIMS) {

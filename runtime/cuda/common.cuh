@@ -119,8 +119,7 @@ __device__ inline T block_sum(T x) {
     x = warp_sum(x);
     if (lane_id() == 0) partial[warp_id()] = x;
     __syncthreads();
-    T sum = 0;
-    for (int w = 0; w < THREADS / WARP; w++) sum += partial[w];
+    const T sum = warp_sum(lane_id() < THREADS / WARP ? partial[lane_id()] : T(0));
     __syncthreads();  // before the next call writes partial
     return sum;
 }

@@ -67,7 +67,7 @@ struct norm_rows_args {
 // launch: grid n_tok, block 1024
 constexpr int NORM_THREADS = 1024;
 
-extern "C" __global__ void __launch_bounds__(1024) norm_rows(const norm_rows_args p) {
+extern "C" __global__ void __launch_bounds__(1024, 1) norm_rows(const norm_rows_args p) {
     const int t = blockIdx.x;
     if (t >= p.counts[0]) return;
     const float* x = p.x + (long long)(p.index ? p.index[t] : t) * p.n;

@@ -216,9 +216,11 @@ template <class F> __device__ inline void ffn_down(const ffn_down_args& p) {
         }
     }
 
-    // 32 elements of the units at a time, so that shared memory has room for all warps.
-    constexpr int E = F::UNIT < 32 ? F::UNIT : 32, PER_VECTOR = F::UNIT / F::VECTORS;
-    __shared__ float sums[WARPS][E][WARP + 1];
+    // Up to 16 elements of the units at a time: registers, not shared memory, say how many blocks
+    // an SM has room for. The padding puts the E elements of 32 / E lanes, which a warp reads
+    // together, on 32 banks.
+    constexpr int E = F::UNIT < 16 ? F::UNIT : 16, PER_VECTOR = F::UNIT / F::VECTORS;
+    __shared__ float sums[WARPS][E][WARP + WARP / E];
 #pragma unroll
     for (int from = 0; from < F::UNIT; from += E) {
         __syncthreads();  // what the elements before left has been read
@@ -246,7 +248,8 @@ template <class F> __device__ inline void ffn_down(const ffn_down_args& p) {
         ffn_rows_##suffix(const ffn_rows_args p) {                                                 \
         ffn_rows<F>(p);                                                                            \
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256) ffn_down_##suffix(const ffn_down_args p) {   \
+    extern "C" __global__ void __launch_bounds__(256, 2)                                           \
+        ffn_down_##suffix(const ffn_down_args p) {                                                 \
         ffn_down<F>(p);                                                                            \
     }
 FFN(q4_0, Q4_0)

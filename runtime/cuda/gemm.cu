@@ -34,7 +34,7 @@ template <class F> __device__ inline void gemm(const gemm_args& p) {
 }
 
 #define GEMM(suffix, F)                                                                            \
-    extern "C" __global__ void __launch_bounds__(128, 3) gemm_##suffix(const gemm_args p) {           \
+    extern "C" __global__ void __launch_bounds__(128, 4) gemm_##suffix(const gemm_args p) {        \
         gemm<F>(p);                                                                                \
     }
 GEMM(q4_0, Q4_0)
