@@ -127,12 +127,12 @@ def relative(a, b):
 def close_enough(ours, cpus, outtype):
     """What differs is the order of sums; and, with integers, what falls on the edge of two steps.
 
-    See test_model.test_cpu_equals_reference, which has the same bound for random models.
+    See test_model.test_cpu_equals_reference. On the way here KL is at most 6e-6.
     """
     if outtype in ("f32", "f16"):
         assert relative(ours, cpus) < 1e-4
     else:
-        assert kl(cpus, ours) < 5e-4
+        assert kl(cpus, ours) < 1e-4
 
 
 # ---- what it computes ----

@@ -314,9 +314,11 @@ class CPU:
         # Between two jobs of a token Python takes longer than its share: what it runs through has
         # left the caches every time, weights having gone through them.
         calls: list[tuple[int, int]] = []
-        self._captured = calls
-        run()
-        self._captured = None
+        outer, self._captured = self._captured, calls
+        try:
+            run()
+        finally:
+            self._captured = outer
         jobs = program(calls)
         return lambda: self.pool.run(jobs)
 

@@ -36,9 +36,11 @@ def open_gpu(
     RequestError where a GPU was asked for (--backend cuda) and there is none that can be used;
     DeviceError where it fails.
     """
-    if options.backend == "cpu" or options.gpu is None or options.vram_budget == 0:
-        return None
     must = options.backend == "cuda"
+    if options.backend == "cpu" or options.gpu is None or options.vram_budget == 0:
+        if must:
+            raise RequestError("the backend cuda needs a GPU, and memory on it that it may use")
+        return None
     found = detect.find()
     reason = found.reason
     if not reason and options.gpu not in [gpu.number for gpu in found.gpus]:

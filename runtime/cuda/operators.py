@@ -194,28 +194,28 @@ class CUDA:
     def qkv(self, il: int) -> None:
         layer = self._layer(il)
         if layer is None:
-            self._tape.host(lambda: self.cpu.qkv(il))
+            self.cpu.qkv(il)
         else:
             self._run(layer.qkv)
 
     def attend(self, il: int) -> None:
         layer = self._layer(il)
         if layer is None:
-            self._tape.host(lambda: self.cpu.attend(il))
+            self.cpu.attend(il)
         else:
             self._run(layer.attend)
 
     def out_add(self, il: int) -> None:
         layer = self._layer(il)
         if layer is None:
-            self._tape.host(lambda: self.cpu.out_add(il))
+            self.cpu.out_add(il)
         else:
             self._run(layer.out_add)
 
     def ffn_norm(self, il: int) -> None:
         layer = self._layer(il)
         if layer is None:
-            self._tape.host(lambda: self.cpu.ffn_norm(il))
+            self.cpu.ffn_norm(il)
             return
         self._run(layer.ffn_norm)
         if self.plan.mode != "predicted":
@@ -224,7 +224,7 @@ class CUDA:
     def predict(self, il: int) -> None:
         layer = self._layer(il)
         if layer is None:
-            self._tape.host(lambda: self.cpu.predict(il))
+            self.cpu.predict(il)
             return
         self._run(layer.predict)
         self._has_scores = True
@@ -253,21 +253,30 @@ class CUDA:
     def ffn(self, il: int) -> None:
         layer = self._layer(il)
         if layer is None:
-            self._tape.host(lambda: self.cpu.ffn(il))
+            self.cpu.ffn(il)
             return
         self._run(layer.ffn)
         if layer.has_cold:
             self._tape.wait("cold")
-            self._tape.host(lambda: self._cold(il))
+            self._tape.host(self._cold(il))
             row = self._part[0].nbytes
             self._tape.copy(self._at["host_part"], self._part_at, row * self._n)
         self._run(layer.ffn_add)
 
-    def _cold(self, il: int) -> None:
-        """The CPU's part of an FFN."""
-        self._part[: self.plan.step.n_tok] = 0
-        self.cpu.pack_h()
-        self.cpu.ffn(il)
+    def _cold(self, il: int) -> Callable[[], Any]:
+        """Return what does the CPU's part of an FFN."""
+
+        def run() -> None:
+            self.cpu.pack_h()
+            self.cpu.ffn(il)
+
+        jobs, part = self.cpu.capture(run) if self._is_capturing else run, self._part[: self._n]
+
+        def cold() -> None:
+            part[:] = 0
+            jobs()
+
+        return cold
 
     def audit(self, il: int) -> None:
         # Now and then, of one token: the CPU has all rows of the decider, and show() has been
@@ -338,7 +347,13 @@ class CUDA:
         self._counts_added[:] = self._counted
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        return self._captured(run)
+        def split() -> None:
+            # The CPU's layers are the last ones: what they do comes after all else.
+            jobs = self.cpu.capture(run)
+            if self._n_gpu < len(self.plan.weights.layers):
+                self._tape.host(jobs)
+
+        return self._captured(split)
 
     def _captured(self, run: Callable[[], Any]) -> Callable[[], None]:
         self._is_capturing = True
