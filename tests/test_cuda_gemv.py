@@ -57,7 +57,7 @@ class Product:
         self.expected = self.before.astype(np.float64)
         self.expected[:, :rows] = np.maximum(y, 0) if op == STORE_RELU else y
 
-    def run(self, n_tok=None, **changed):
+    def run(self, **changed):
         y = self.sim.array(self.before, "y")
         launch(self.sim, self.kernel, self.grid, **{**self.fields, "y": y, **changed})
         return y.numpy()
