@@ -115,7 +115,7 @@ template <class T> __device__ inline void attend_split(const attend_split_args& 
     }
     // From here on lane l has the row l / 4 + 8 (l % 4).
     const int own = lane / QUAD + lane % QUAD * (WARP / QUAD);
-    float score[HEADS];
+    float score[HEADS] = {};  // of heads that are not there: 0
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
         if (h >= heads) break;
@@ -135,11 +135,11 @@ template <class T> __device__ inline void attend_split(const attend_split_args& 
         if (h >= heads) break;
         float peak = peaks[h][0];  // of the split; the first page always has a position
         for (int w = 1; w < ATTEND_WARPS; w++) peak = fmaxf(peak, peaks[h][w]);
-        const float weight = own < n_seen ? expf(score[h] - peak) : 0;
-        weights[warp_id()][own][h] = weight;
-        const float total = warp_sum(weight);
+        score[h] = own < n_seen ? expf(score[h] - peak) : 0;  // a weight from here on
+        const float total = warp_sum(score[h]);
         if (lane == 0) totals[h][warp_id()] = total;
     }
+    store_wide(score, weights[warp_id()][own]);
     __syncwarp();
 
     // Lane l has the piece l % pieces, of the rows l / pieces + i * at_once.
@@ -273,18 +273,19 @@ struct Tile {
     float weights[ATTEND_WARPS][4][PAGE];      // [queries of a warp]
 };
 
-// tile.stage = dimensions from `from` on of the first n rows of a page, then zeros.
+// tile.stage = dimensions from `from` on of the first n rows of a page, then zeros: to the end of the
+// page, and to a multiple of WARP dimensions, as many as are read at a time.
 template <class T>
 __device__ inline void stage(Tile& tile, const T* page, int n, int from, int head_dim) {
-    const int first = from / PIECE, pieces = min(n_pieces(head_dim) - first, STAGE_DIMS / PIECE);
+    constexpr int AT_ONCE = WARP / PIECE;
+    const int first = from / PIECE, there = n_pieces(head_dim) - first;
+    const int pieces = min((there + AT_ONCE - 1) / AT_ONCE * AT_ONCE, STAGE_DIMS / PIECE);
     __syncthreads();  // the last one has been read
     for (int i = threadIdx.x; i < PAGE * pieces; i += ATTEND_THREADS) {
         const int row = i / pieces, piece = i % pieces;
         float x[PIECE] = {0};
-        if (row < n) load_piece(page + row * head_dim, first + piece, head_dim, x);
-        float4* to = (float4*)&tile.stage[row][PIECE * piece];
-        to[0] = make_float4(x[0], x[1], x[2], x[3]);
-        to[1] = make_float4(x[4], x[5], x[6], x[7]);
+        if (row < n && piece < there) load_piece(page + row * head_dim, first + piece, head_dim, x);
+        store_wide(x, &tile.stage[row][PIECE * piece]);
     }
     __syncthreads();
 }

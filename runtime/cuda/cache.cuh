@@ -34,6 +34,11 @@ __device__ inline void load_wide(const float* from, float (&out)[PIECE]) {
     out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
 }
 
+__device__ inline void store_wide(const float (&x)[PIECE], float* to) {
+    ((float4*)to)[0] = make_float4(x[0], x[1], x[2], x[3]);
+    ((float4*)to)[1] = make_float4(x[4], x[5], x[6], x[7]);
+}
+
 // Piece `piece` of a row of `cols` numbers, which follow each other without gaps in memory.
 template <class T>
 __device__ inline void load_piece(const T* row, int piece, int cols, float (&out)[PIECE]) {
