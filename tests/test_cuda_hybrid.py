@@ -135,6 +135,14 @@ def close_enough(ours, cpus, outtype):
         assert kl(cpus, ours) < 1e-4
 
 
+def same_reading(ours, cpu, ids, outtype):
+    """Assert that both compute the same, logits of all tokens, and count the same."""
+    logits = np.empty((2, len(ids), tiny.N_VOCAB), np.float32)
+    counts = ours.read(ids, logits[0]), cpu.read(ids, logits[1])
+    close_enough(*logits, outtype)
+    np.testing.assert_allclose(*counts, rtol=0 if outtype in ("f32", "f16") else 0.02)
+
+
 # ---- what it computes ----
 
 
@@ -146,10 +154,7 @@ def test_as_the_cpu(kind, outtype, model):
     options = {"kv_type": "f32"}
     with hybrid(path, on_gpu(share, n_layer), **options) as ours, on_cpu(path, **options) as cpu:
         assert ours._ops.placement.is_everything == (share == 1)
-        close_enough(ours.logits(IDS), cpu.logits(IDS), outtype)  # in one chunk
-        counts = ours.read(IDS), cpu.read(IDS)
-        assert (counts[0][:, :2] == counts[1][:, :2]).all() or outtype not in ("f32", "f16")
-        np.testing.assert_allclose(*counts, rtol=0.02)
+        same_reading(ours, cpu, IDS, outtype)
         written = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
         tokens = list(ours.generate_tokens(IDS[:40], **written))
         gaps = np.sort(cpu.logits(IDS[:40] + tokens)[39:-1], axis=-1)
@@ -171,8 +176,7 @@ def test_without_predictors(kind, mode, outtype, model):
     options = {"kv_type": "f32", "mode": mode}
     with hybrid(path, on_gpu(share, n_layer), **options) as ours, on_cpu(path, **options) as cpu:
         for ids in (IDS[:20], IDS[:1]):
-            close_enough(ours.logits(ids), cpu.logits(ids), outtype)
-        np.testing.assert_allclose(ours.read(IDS[:20]), cpu.read(IDS[:20]), rtol=0.02)
+            same_reading(ours, cpu, ids, outtype)
 
 
 @pytest.mark.parametrize("n_ff", [96, 128])  # not in whole blocks of 64, and in such
@@ -186,7 +190,7 @@ def test_standard_layout_of_down(share, n_ff, small_tokenizer, tmp_path):
         options = {"kv_type": "f32"}
         with hybrid(path, on_gpu(share, 2), **options) as ours, on_cpu(path, **options) as cpu:
             for ids in (IDS[:20], IDS[:1]):
-                close_enough(ours.logits(ids), cpu.logits(ids), outtype)
+                same_reading(ours, cpu, ids, outtype)
 
 
 @pytest.mark.parametrize("type_", ["q6_k", "q5_0", "q5_1", "bf16"])
@@ -535,9 +539,10 @@ def test_profile_capture_and_measure(model, tmp_path):
     assert our_quality.perplexity.mean == pytest.approx(cpu_quality.perplexity.mean, rel=1e-4)
 
 
-def test_thresholds_adapt(model):
+@pytest.mark.parametrize("outtype", ["f32", "q8_0"])
+def test_thresholds_adapt(outtype, model):
     keys = {"powerinfer.calibration.target_recall": Value.of(0.9)}
-    path, found = model("gqa", "f32", **keys), []
+    path, found = model("gqa", outtype, **keys), []
     for engine in (hybrid(path, on_gpu(0.5, 1)), on_cpu(path)):
         with engine as llm:
             adapter = llm.adapter()
