@@ -128,31 +128,31 @@ FAULTS = {
         "out of bounds",
     ),
     "a unit too many": (
-        ("gemv", "q8_0", 96, "const int n_units = units<F>(w.cols);", "const int n_units = units<F>(w.cols) + 1;"),
+        ("gemv", "q8_0", 96, "n_units = units<F>(w.cols);", "n_units = units<F>(w.cols) + 1;"),
         "out of bounds",
     ),
     "a result for a row that is not there": (
         ("gemv", "f32", 7, "lane_id() < GEMV_ROWS && mine < p.w.rows", "lane_id() < GEMV_ROWS"),
-        "race",
+        "out of bounds",
     ),
     "a weight beyond the row": (
         ("gemm", "f16", 33, "if (8 * unit + i < w.cols) words", "words"),
         "out of bounds",
     ),
     "unaligned rows taken for aligned ones": (
-        ("gemv", "f16", 33, "if (w.cols % 8 == 0) return {load_once((const int4*)q)};", "return {load_once((const int4*)q)};"),
+        ("gemv", "f16", 33, "if (w.cols % 8 == 0) return {load_once((", "return {load_once(("),
         "misaligned",
     ),
     "no barrier before the tile is read": (
-        ("gemm", "q4_0", 320, "        tokens.store(shared.tile);\n        __syncthreads();\n", "        tokens.store(shared.tile);\n"),
-        "race",
+        ("gemm", "q4_0", 320, "(shared.tile);\n        __syncthreads();", "(shared.tile);"),
+        "uninitialised read",
     ),
     "no barrier before the tile is written again": (
-        ("gemm", "q4_0", 320, "        __syncthreads();  // what was there before has been read\n", ""),
+        ("gemm", "q4_0", 320, "__syncthreads();  // what was there before has been read", ""),
         "race",
     ),
     "results over a tile that is still being read": (
-        ("gemm", "f32", 33, "    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < MINE; i++) {\n#pragma unroll\n        for (int j = 0; j < MINE; j++) shared.results", "#pragma unroll\n    for (int i = 0; i < MINE; i++) {\n#pragma unroll\n        for (int j = 0; j < MINE; j++) shared.results"),
+        ("gemm", "f32", 33, "sums);\n    }\n    __syncthreads();", "sums);\n    }"),
         "race",
     ),
     "a token too many": (
@@ -175,10 +175,15 @@ def test_check_finds_planted_faults(name):
 
 # Faults that break no rule: only a comparison finds them.
 WRONG = {
-    "offset of q4_0": ("gemv", "q4_0", 96, "centred(q[i] & 0x0f0f0f0fu, 8)", "centred(q[i] & 0x0f0f0f0fu, 7)"),
+    "offset of q4_0": ("gemv", "q4_0", 96, "(q[i] & 0x0f0f0f0fu, 8)", "(q[i] & 0x0f0f0f0fu, 7)"),
     "group of q6_k": ("gemm", "q6_k", 256, "16 * (group % 2) + 8 * w.part", "16 * (group % 2)"),
-    "scale of a token": ("gemm", "q4_0", 96, "token_scales[my_token(j)][first / 2]", "token_scales[my_token(j)][0]"),
-    "a lane's units": ("gemv", "f32", 520, "const int unit = first + i * WARP;\n            if (unit < n_units) {", "const int unit = first + i;\n            if (unit < n_units) {"),
+    "scale of a token": (
+        "gemm", "q4_0", 96, "token_scales[my_token(j)][first / 2]", "token_scales[my_token(j)][0]",
+    ),
+    "a lane's units": (
+        "gemv", "f32", 520,
+        "unit = first + i * WARP;\n            if", "unit = first + i;\n            if",
+    ),
 }  # fmt: skip
 
 

@@ -40,18 +40,20 @@ KEPT_DAYS = 14  # what has not been used for so long is deleted
 
 # Threads switch in an asm statement, which -fipa-reference does not look into: it would take what
 # other threads write meanwhile, in static variables, for unchanged.
-_COMMON = (
-    "-std=gnu++17 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-extern-tls-init "
-    "-fno-ipa-reference -fno-strict-aliasing -ffp-contract=off -fno-math-errno "
-    "-fno-trapping-math -U_FORTIFY_SOURCE -fcf-protection=none -march=native -w -DCUSIM"
-).split()
+_COMMON = [
+    "-std=gnu++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-extern-tls-init",
+    "-fno-ipa-reference", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-U_FORTIFY_SOURCE", "-fcf-protection=none", "-march=native", "-w",
+    "-DCUSIM",
+]  # fmt: skip
 _FAST = ["-O2"]
 # The last two: no call may stand for accesses that are to be seen.
-_CHECK = (
-    "-O1 -g -DCUSIM_CHECK -fsanitize=thread --param tsan-instrument-func-entry-exit=0 "
-    "-fsanitize=alignment,bounds,shift-exponent,signed-integer-overflow,integer-divide-by-zero "
-    "-fno-tree-loop-distribute-patterns -fno-builtin"
-).split()
+_CHECK = [
+    "-O1", "-g1", "-DCUSIM_CHECK",
+    "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0",
+    "-fsanitize=alignment,bounds,shift-exponent,signed-integer-overflow,integer-divide-by-zero",
+    "-fno-tree-loop-distribute-patterns", "-fno-builtin",
+]  # fmt: skip
 
 _ATTRIBUTE = r"(?:alignas|__align__)\s*\([^)]*\)\s*"
 _DYNAMIC = re.compile(
@@ -135,7 +137,12 @@ class Array:
         if not array.flags.c_contiguous:
             raise ValueError(f"{name} is not contiguous")
         self = cls.__new__(cls)
-        self.shape, self.dtype, self.name, self.nbytes = array.shape, array.dtype, name, array.nbytes
+        self.shape, self.dtype, self.name, self.nbytes = (
+            array.shape,
+            array.dtype,
+            name,
+            array.nbytes,
+        )
         self._memory, self._bytes = array, array.reshape(-1).view(np.uint8)
         self.address = array.ctypes.data
         self._written = np.ones(self.nbytes if check else 0, np.uint8)
@@ -322,7 +329,7 @@ class Simulator:
         memory = library.shared(f.address) or self._memory(f.address)
         message = f"{where} {doing[f.write]} {f.size} bytes at {memory}"
         if kind == "race":
-            other = "the same thread" if False else who(f.other_block, f.other_thread)
+            other = who(f.other_block, f.other_thread)
             message += (
                 f", which {other}, {library.place(f.other_place)}, "
                 f"{doing[f.other_write]} with nothing that says who is first"
@@ -332,7 +339,7 @@ class Simulator:
     def _memory(self, address: int) -> str:
         arrays = sorted(self._arrays, key=lambda a: a.address)
         i = bisect_right([a.address for a in arrays], address) - 1
-        near = [a for a in arrays[max(i, 0) : i + 2]]
+        near = arrays[max(i, 0) : i + 2]
         if not near or not address:
             return f"address {address:#x}"
 
@@ -463,7 +470,9 @@ def _compile(target: Path, name: str, texts: Mapping[str, str], flags: Sequence[
         if not kernels:
             raise SimError("source", f"{name} has no kernel that this understands")
         if len(dynamic) > 1:
-            raise SimError("source", f"{name} gives dynamic shared memory more than one name or type")
+            raise SimError(
+                "source", f"{name} gives dynamic shared memory more than one name or type"
+            )
         unit = folder / "unit.cc"
         unit.write_text(_unit(name, kernels, list(dynamic)), "utf-8")
         made_file = folder / "unit.so"
@@ -502,8 +511,7 @@ def _unit(
             f"{{ {kernel}(*static_cast<const {struct}*>(args)); }}"
         )
     rows = [
-        f'    {{"{kernel}", cusim_run_{kernel}, sizeof({struct}), '
-        f"cusim::launch_bounds({bounds})}},"
+        f'    {{"{kernel}", cusim_run_{kernel}, sizeof({struct}), cusim::launch_bounds({bounds})}},'
         for kernel, struct, bounds in kernels
     ]
     return "\n".join(
