@@ -26,8 +26,9 @@ from powerinfer.runtime.cuda import device as seam
 from powerinfer.runtime.cuda.device import DeviceError
 from powerinfer.runtime.engine import Engine
 from powerinfer.runtime.errors import RequestError
-from powerinfer.runtime.formats import INTEGER_DOT, GGMLType
-from powerinfer.runtime.gguf import Value
+from powerinfer.runtime.formats import INTEGER_DOT, GGMLType, encode
+from powerinfer.runtime.gguf import GGUFFile, Value
+from powerinfer.runtime.gguf_writer import GGUFWriter
 from powerinfer.runtime.model import Watcher, forward
 from powerinfer.runtime.plan import Rates, place
 
@@ -210,6 +211,29 @@ def test_other_formats(type_, wide_gguf, tmp_path):
     ):
         for ids in (IDS[:9], IDS[:1]):
             close_enough(ours.logits(ids), cpu.logits(ids), type_)
+
+
+@pytest.mark.parametrize("types", [("f16", "q8_0"), ("q8_0", "f32")])
+def test_gate_and_up_of_two_formats(types, model, tmp_path):
+    """Two kernels do the work of one, and count once."""
+    source, path = GGUFFile(model("gqa", "f32")), tmp_path / "x.gguf"
+    wanted = dict(zip(("ffn_gate.weight", "ffn_up.weight"), types, strict=True))
+    of = {
+        t.name: GGMLType[wanted.get(t.name.split(".", 2)[-1], t.type.name).upper()]
+        for t in source.tensors.values()
+    }
+    with GGUFWriter(path, "llama") as writer:
+        for key, value in source.metadata.items():
+            if key != "general.architecture":
+                writer.add(key, value)
+        for t in source.tensors.values():
+            writer.declare(t.name, of[t.name], t.shape)
+        for t in source.tensors.values():
+            is_same = of[t.name] is t.type
+            writer.write(t.name, t.data if is_same else encode(of[t.name], t.float32()))
+    with hybrid(path, on_gpu(0.7, 2)) as ours, on_cpu(path) as cpu:
+        for ids in (IDS[:9], IDS[:1]):
+            same_reading(ours, cpu, ids, "q8_0")
 
 
 def test_chunks_and_neighbours_change_nothing(model):
