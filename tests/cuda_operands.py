@@ -78,15 +78,21 @@ def pack(x: np.ndarray) -> list[np.ndarray]:
 
 
 class Inputs:
-    """Activations [n_tok, cols] for weights of a type: their `values`, and the device's `fields`."""
+    """Activations [n_tok, cols] for weights of a type: `values`, and the device's `fields`."""
+
+    @staticmethod
+    def rounded(type_: GGMLType, x: np.ndarray) -> np.ndarray:
+        """Return activations as weights of a type meet them."""
+        return round_activations(x) if type_ in INTEGER_DOT else x
 
     def __init__(self, sim: Simulator, type_: GGMLType, x: np.ndarray) -> None:
+        self.values = self.rounded(type_, x)
         if type_ in INTEGER_DOT:
-            self.values = round_activations(x)
-            packed = [sim.array(part, f"x.{name}") for part, name in zip(pack(x), "qds", strict=True)]
+            packed = [
+                sim.array(part, f"x.{name}") for part, name in zip(pack(x), "qds", strict=True)
+            ]
             self.fields: dict[str, Any] = {"x": None, "x_packed": packed}
         else:
-            self.values = x
             self.fields = {"x": sim.array(x, "x"), "x_packed": cuda_case.NOT_PACKED}
 
 
