@@ -1,5 +1,6 @@
 """elementwise.cu in the simulator against the reference: odd sizes, planted faults."""
 
+import mmap
 from functools import cache
 
 import cuda_case
@@ -308,6 +309,40 @@ def test_rope_append(kind, type_):
 def test_add_parts(n):
     for i, n_parts in enumerate((0, 1, 7, 32)):
         AddParts(n, n_parts, i % 2 == 0, i < 2, n_tok=1 + 2 * (i % 2)).check(simulator())
+
+
+def beyond_an_int(shape, dtype):
+    """Return zeros, more than 2^31 of them; memory is taken only where something is written."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def test_indices_beyond_an_int():
+    """Rows of a matrix, and pages of a cache, that start 2^31 numbers behind the first."""
+    far = 1 << 20
+    case = Rope((1, 1, 64), 32)
+    case.step.pages[case.step.pages != NOWHERE] += far
+    caches = beyond_an_int((2, far + case.step.n_pages, 1, 32, 64), np.float16)
+    _, fields = case.put(simulator())
+    for name, cache_ in zip(("k_cache", "v_cache"), caches, strict=True):
+        fields[name] = simulator().register(cache_, name)
+    launch(simulator(), case.kernel, case.grid(), **fields)
+    case.step.pages[case.step.pages != NOWHERE] -= far
+    expected = case.expected()
+    for name, cache_ in zip("kv", caches, strict=True):
+        is_written = expected[name].view(np.uint16) != 0xFFFF
+        np.testing.assert_array_equal(cache_[far:], np.where(is_written, expected[name], 0))
+
+    rows = beyond_an_int((far * 16 + 1, 128), np.float16)
+    rows[-1] = np.arange(128)
+    case = Embed("f16", 128, has_table=False, n_tok=1)
+    case.tokens[0] = len(rows) - 1
+    outputs, fields = case.put(simulator())
+    fields["embd"] = (simulator().register(rows, "embd"), None, *rows.shape)
+    launch(simulator(), case.kernel, case.grid(), **fields)
+    np.testing.assert_array_equal(outputs["x"].numpy()[0], rows[-1])
 
 
 EVERY = {
