@@ -273,8 +273,8 @@ struct Tile {
     float weights[ATTEND_WARPS][4][PAGE];      // [queries of a warp]
 };
 
-// tile.stage = dimensions from `from` on of the first n rows of a page, then zeros: to the end of the
-// page, and to a multiple of WARP dimensions, as many as are read at a time.
+// tile.stage = dimensions from `from` on of the first n rows of a page, then zeros: to the end of
+// the page, and to a multiple of WARP dimensions, as many as are read at a time.
 template <class T>
 __device__ inline void stage(Tile& tile, const T* page, int n, int from, int head_dim) {
     constexpr int AT_ONCE = WARP / PIECE;
