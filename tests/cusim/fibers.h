@@ -44,7 +44,7 @@ constexpr size_t STACK_STEP = STACK + 320;
 enum Wait : uint8_t { NOTHING, SHUFFLE, VOTE, SYNCWARP, BARRIER };
 static const char* const WAITS[] = {"", "a shuffle", "a vote", "__syncwarp", "__syncthreads"};
 
-enum Kind { FINE, BOUNDS, UNINITIALISED, RACE, DIVERGENCE, MISALIGNED, ARITHMETIC };
+enum Kind { FINE, BOUNDS, UNINITIALISED, RACE, DIVERGENCE, MISALIGNED, ARITHMETIC, ENDLESS };
 
 // What went wrong, for Python to put in words; sim.py has the same as a ctypes structure.
 struct Fault {

@@ -1,6 +1,8 @@
 // Included after a .cu file and the table of its kernels (sim.py makes it): what Python calls.
 #pragma once
 
+#include "guard.h"
+
 namespace cusim {
 
 constexpr size_t SHARED_ROOM = 48 << 10;  // bytes that a block has without asking for more
@@ -64,10 +66,11 @@ CUSIM_API long cusim_shared_offset(uint64_t address) {
     return offset < s.size ? long(offset) : -1;
 }
 
-// Run kernel i; 1 if that failed, and `fault` says how. Not for two threads at once.
+// Run kernel i for at most so many seconds of processor time; 1 if that failed, and `fault` says how.
+// Not for two threads at once.
 CUSIM_API int cusim_launch(
     unsigned i, const unsigned* grid, const unsigned* size, const void* args, size_t dynamic_size,
-    uint64_t seed, cusim::Region* regions, unsigned n_regions, uint32_t* clock, cusim::Fault* fault) {
+    uint64_t seed, double seconds, cusim::Region* regions, unsigned n_regions, uint32_t* clock, cusim::Fault* fault) {
     using namespace cusim;
     if (!stacks) {
         stacks = static_cast<char*>(mmap(nullptr, MAX_THREADS * STACK_STEP, PROT_READ | PROT_WRITE,
@@ -91,6 +94,7 @@ CUSIM_API int cusim_launch(
 #ifdef CUSIM_CHECK
     begin_launch(regions, n_regions, *clock, shared.begin, shared.size, dynamic, dynamic_size);
 #endif
+    begin_guard(seconds);
     for (unsigned turn = 0; turn < blocks && fault->kind == FINE; turn++) {
         unsigned b = turns[turn];
         block.number = b;
@@ -101,6 +105,7 @@ CUSIM_API int cusim_launch(
 #endif
         run_block(&seed);
     }
+    end_guard();
 #ifdef CUSIM_CHECK
     *clock = next_segment;
 #endif

@@ -34,7 +34,7 @@ from powerinfer.runtime.paths import cache_dir
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "runtime" / "cuda"
-HEADERS = ("fibers.h", "checks.h", "cusim.h", "launch.h")
+HEADERS = ("fibers.h", "checks.h", "cusim.h", "guard.h", "launch.h")
 ALIGNMENT = 256
 KEPT_DAYS = 14  # what has not been used for so long is deleted
 
@@ -73,6 +73,7 @@ KINDS = (
     "divergence",
     "misaligned",
     "arithmetic",
+    "endless",
     "launch",
     "source",
 )
@@ -172,8 +173,8 @@ class _Library:
         self.code = code = ctypes.CDLL(str(path))
         pointer = ctypes.c_void_p
         code.cusim_launch.argtypes = [
-            ctypes.c_uint, pointer, pointer, pointer, ctypes.c_size_t, ctypes.c_uint64, pointer,
-            ctypes.c_uint, pointer, pointer,
+            ctypes.c_uint, pointer, pointer, pointer, ctypes.c_size_t, ctypes.c_uint64,
+            ctypes.c_double, pointer, ctypes.c_uint, pointer, pointer,
         ]  # fmt: skip
         code.cusim_static_shared.restype = ctypes.c_size_t
         code.cusim_shared_offset.restype = ctypes.c_long
@@ -224,6 +225,7 @@ class Simulator:
 
     def __init__(self, libraries: Sequence[_Library], check: bool) -> None:
         self.check = check
+        self.time_limit = 60.0  # seconds of processor time that a launch may take
         self._kernels: dict[str, tuple[_Library, int, int, int]] = {}
         for library in libraries:
             for name, kernel in library.kernels.items():
@@ -303,7 +305,7 @@ class Simulator:
                 self._regions = (_Region * len(rows))(*rows)
             failed = library.code.cusim_launch(
                 number, (ctypes.c_uint * 3)(*grid3), (ctypes.c_uint * 3)(*block3), data, shared,
-                0 if order_seed is None else order_seed + 1, self._regions,
+                0 if order_seed is None else order_seed + 1, self.time_limit, self._regions,
                 len(self._regions) if self.check else 0, ctypes.byref(_clock), ctypes.byref(fault),
             )  # fmt: skip
         if failed == 2:
@@ -322,11 +324,17 @@ class Simulator:
         text = f.text.decode(errors="replace")
         if kind == "divergence":
             return SimError(kind, f"{where}, line {f.line}: {text}")
+        if kind == "endless":
+            last = f", and last waited in line {f.line}" if f.line else ""
+            return SimError(kind, f"{where} still runs after {self.time_limit:g} s{last}")
+        memory = library.shared(f.address) or self._memory(f.address)
+        if not f.place:  # by a signal
+            what = "divides by 0" if kind == "arithmetic" else f"crashes at {memory}"
+            return SimError(kind, f"{where} {what}; check mode says where")
         where += f", {library.place(f.place, f.line)}"
         if text:
             return SimError(kind, f"{where}: {text}")
         doing = ("reads", "writes", "atomically changes")
-        memory = library.shared(f.address) or self._memory(f.address)
         message = f"{where} {doing[f.write]} {f.size} bytes at {memory}"
         if kind == "race":
             other = who(f.other_block, f.other_thread)
