@@ -2,7 +2,7 @@
 // written, and is it ordered with what other threads did there?
 //
 // The compiler calls __tsan_* before every load and store (-fsanitize=thread; its runtime is not
-// linked) and __ubsan_* where a pointer is misaligned, an index beyond its array or a sum too large.
+// linked) and __ubsan_* where a pointer is misaligned, an index beyond its array, a sum too large.
 //
 // Two accesses to a byte by different threads, of which one writes and not both are atomic, must be
 // ordered: by a __syncthreads, or, in one warp, by a __syncwarp of all lanes. Nothing else orders:
@@ -88,12 +88,12 @@ CUSIM void keep(Touch* two, Touch x, uint32_t oldest) {
             return;
         }
     }
-    if (distance(s, segment(two[0].segment)) > distance(segment(two[1].segment), segment(two[0].segment))) {
-        two[1] = x;
-    }
+    const Segment &a = segment(two[0].segment), &b = segment(two[1].segment);
+    if (distance(s, a) > distance(b, a)) two[1] = x;
 }
 
-[[noreturn]] CUSIM_SLOW void fail_access(Kind kind, uint64_t address, unsigned size, Access access, uint64_t place) {
+[[noreturn]] CUSIM_SLOW void fail_access(
+    Kind kind, uint64_t address, unsigned size, Access access, uint64_t place) {
     Fault* f = new_fault(kind);
     f->address = address;
     f->size = size;
@@ -102,13 +102,15 @@ CUSIM void keep(Touch* two, Touch x, uint32_t oldest) {
     leave();
 }
 
-CUSIM void check_order(uint64_t address, Access access, Touch x, Touch other, Access other_access, uint32_t oldest) {
+CUSIM void check_order(
+    uint64_t address, unsigned size, Access access, Touch x, Touch other, Access other_access,
+    uint32_t oldest) {
     if (other.segment < oldest) return;
     const Segment& s = segment(other.segment);
     if (distance(segment(x.segment), s) == 0) return;
     Fault* f = new_fault(RACE);
     f->address = address;
-    f->size = 1;
+    f->size = size;
     f->write = access;
     f->place = x.place;
     f->other_write = other_access;
@@ -123,8 +125,9 @@ CUSIM_SLOW Region* find(uint64_t address) {
     unsigned low = 0, high = n_regions;
     while (low < high) {
         unsigned middle = (low + high) / 2;
-        if (address - regions[middle].begin < regions[middle].size) return last_region = &regions[middle];
-        if (address < regions[middle].begin) high = middle;
+        Region* r = &regions[middle];
+        if (address - r->begin < r->size) return last_region = r;
+        if (address < r->begin) high = middle;
         else low = middle + 1;
     }
     if (address - shared_region.begin < shared_region.size) return &shared_region;
@@ -154,11 +157,14 @@ CUSIM_SLOW void touch(const volatile void* pointer, unsigned size, Access access
         if (access != WRITE && !r->written[offset + i]) {
             fail_access(UNINITIALISED, address + i, size - i, access, place);
         }
-        if (access == READ && (c.reads[0].segment == x.segment || c.reads[1].segment == x.segment)) continue;
-        check_order(address + i, access, x, c.write, WRITE, oldest);
+        const bool is_again = c.reads[0].segment == x.segment || c.reads[1].segment == x.segment;
+        if (access == READ && is_again) continue;
+        const uint64_t at = address + i;
+        const unsigned rest = size - i;
+        check_order(at, rest, access, x, c.write, WRITE, oldest);
         for (int j = 0; j < 2; j++) {
-            if (access != READ) check_order(address + i, access, x, c.reads[j], READ, oldest);
-            if (access != ATOMIC) check_order(address + i, access, x, c.atomics[j], ATOMIC, oldest);
+            if (access != READ) check_order(at, rest, access, x, c.reads[j], READ, oldest);
+            if (access != ATOMIC) check_order(at, rest, access, x, c.atomics[j], ATOMIC, oldest);
         }
         if (access == READ) keep(c.reads, x, oldest);
         if (access == ATOMIC) keep(c.atomics, x, oldest);
@@ -209,7 +215,8 @@ CUSIM_SLOW void begin_block() {
     memset(shared_region.written, 0, shared_region.size);
 }
 
-[[noreturn]] CUSIM_SLOW void fail_arithmetic(Kind kind, const void* data, uint64_t address, const char* what, void* code) {
+[[noreturn]] CUSIM_SLOW void fail_arithmetic(
+    Kind kind, const void* data, uint64_t address, const char* what, void* code) {
     Fault* f = new_fault(kind);
     f->address = address;
     f->place = uint64_t(code) - image_begin;
@@ -220,9 +227,11 @@ CUSIM_SLOW void begin_block() {
 
 }  // namespace cusim
 
-#define CUSIM_HOOK extern "C" __attribute__((noinline, used, no_sanitize("thread", "undefined"), visibility("hidden"))) void
+#define CUSIM_HOOK                                                             \
+    extern "C" __attribute__((noinline, used, no_sanitize("thread", "undefined"), \
+                              visibility("hidden"))) void
 #define CUSIM_ACCESS(name, size, access) \
-    CUSIM_HOOK __tsan_##name(void* p) { cusim::touch(p, size, cusim::access, __builtin_return_address(0)); }
+    CUSIM_HOOK __tsan_##name(void* p) { cusim::touch(p, size, cusim::access, CUSIM_CALLER); }
 #define CUSIM_ACCESSES(size)               \
     CUSIM_ACCESS(read##size, size, READ)   \
     CUSIM_ACCESS(write##size, size, WRITE) \
@@ -233,16 +242,20 @@ CUSIM_ACCESSES(2)
 CUSIM_ACCESSES(4)
 CUSIM_ACCESSES(8)
 CUSIM_ACCESSES(16)
-CUSIM_HOOK __tsan_read_range(void* p, size_t n) { cusim::touch(p, n, cusim::READ, __builtin_return_address(0)); }
-CUSIM_HOOK __tsan_write_range(void* p, size_t n) { cusim::touch(p, n, cusim::WRITE, __builtin_return_address(0)); }
+CUSIM_HOOK __tsan_read_range(void* p, size_t n) {
+    cusim::touch(p, n, cusim::READ, CUSIM_CALLER);
+}
+CUSIM_HOOK __tsan_write_range(void* p, size_t n) {
+    cusim::touch(p, n, cusim::WRITE, CUSIM_CALLER);
+}
 CUSIM_HOOK __tsan_init() {}
 
 CUSIM_HOOK __ubsan_handle_type_mismatch_v1(void* data, size_t address) {
-    cusim::fail_arithmetic(cusim::MISALIGNED, data, address, "", __builtin_return_address(0));
+    cusim::fail_arithmetic(cusim::MISALIGNED, data, address, "", CUSIM_CALLER);
 }
 #define CUSIM_UBSAN(name, what)                                                             \
     CUSIM_HOOK __ubsan_handle_##name(void* data) {                                          \
-        cusim::fail_arithmetic(cusim::ARITHMETIC, data, 0, what, __builtin_return_address(0)); \
+        cusim::fail_arithmetic(cusim::ARITHMETIC, data, 0, what, CUSIM_CALLER); \
     }
 CUSIM_UBSAN(add_overflow, "a sum does not fit its type")
 CUSIM_UBSAN(sub_overflow, "a difference does not fit its type")
@@ -251,5 +264,5 @@ CUSIM_UBSAN(negate_overflow, "a negated value does not fit its type")
 CUSIM_UBSAN(divrem_overflow, "division by zero, or a quotient that does not fit its type")
 CUSIM_UBSAN(shift_out_of_bounds, "a shift by more bits than there are")
 CUSIM_HOOK __ubsan_handle_out_of_bounds(void* data) {
-    cusim::fail_arithmetic(cusim::BOUNDS, data, 0, "an index is beyond its array", __builtin_return_address(0));
+    cusim::fail_arithmetic(cusim::BOUNDS, data, 0, "an index is beyond its array", CUSIM_CALLER);
 }

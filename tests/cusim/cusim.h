@@ -126,7 +126,7 @@ CUSIM unsigned ballot(unsigned mask, int vote, unsigned line) {
 
 }  // namespace cusim
 
-// `width` lanes, a power of two, are a group of their own; beyond its edge a lane gets its own value.
+// `width` lanes, a power of two, are a group; beyond its edge a lane gets its own value.
 template <class T>
 CUSIM T __shfl_sync(unsigned mask, T value, int source, int width = 32, CUSIM_LINE) {
     unsigned lane = cusim::current->lane;
@@ -140,7 +140,8 @@ CUSIM T __shfl_xor_sync(unsigned mask, T value, int distance, int width = 32, CU
 template <class T>
 CUSIM T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32, CUSIM_LINE) {
     unsigned lane = cusim::current->lane;
-    return cusim::shuffle(mask, value, (lane & (width - 1)) >= distance ? lane - distance : lane, line);
+    bool inside = (lane & (width - 1)) >= distance;
+    return cusim::shuffle(mask, value, inside ? lane - distance : lane, line);
 }
 template <class T>
 CUSIM T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32, CUSIM_LINE) {
@@ -148,15 +149,21 @@ CUSIM T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 
     bool inside = (lane & (width - 1)) + distance < unsigned(width);
     return cusim::shuffle(mask, value, inside ? lane + distance : lane, line);
 }
-CUSIM unsigned __ballot_sync(unsigned mask, int vote, CUSIM_LINE) { return cusim::ballot(mask, vote, line); }
-CUSIM int __any_sync(unsigned mask, int vote, CUSIM_LINE) { return cusim::ballot(mask, vote, line) != 0; }
-CUSIM int __all_sync(unsigned mask, int vote, CUSIM_LINE) { return cusim::ballot(mask, vote, line) == mask; }
+CUSIM unsigned __ballot_sync(unsigned mask, int vote, CUSIM_LINE) {
+    return cusim::ballot(mask, vote, line);
+}
+CUSIM int __any_sync(unsigned mask, int vote, CUSIM_LINE) {
+    return cusim::ballot(mask, vote, line) != 0;
+}
+CUSIM int __all_sync(unsigned mask, int vote, CUSIM_LINE) {
+    return cusim::ballot(mask, vote, line) == mask;
+}
 CUSIM unsigned __activemask() = delete;  // says nothing that can be relied on
 
 // ---- memory ----
 
 #ifdef CUSIM_CHECK
-#define CUSIM_TOUCH(p, access) cusim::touch(p, sizeof *(p), cusim::access, __builtin_return_address(0))
+#define CUSIM_TOUCH(p, access) cusim::touch(p, sizeof *(p), cusim::access, CUSIM_CALLER)
 #else
 #define CUSIM_TOUCH(p, access) (void)0
 #endif

@@ -1,10 +1,11 @@
 // The machine under the simulator: one fiber per CUDA thread of a block, and what they wait for.
 //
-// The live lanes of a warp form a ring, and so do the warps. A lane that has to wait goes to the next
-// lane; the last lane of a warp that has to wait goes to the next warp; the last one to arrive is
-// the one that goes on. So a shuffle or a barrier costs one switch per thread, and there is no
-// scheduler. When no lane of a warp can go on and it is not because all are at a block barrier, then
-// what they wait for never comes: that is reported, and nothing ever hangs.
+// The live lanes of a warp form a ring, and so do the warps. A lane that has to wait goes to the
+// next lane; the last lane of a warp that has to wait goes to the next warp; the last one to arrive
+// is the one that goes on. So a shuffle or a barrier costs one switch per thread, and there is no
+// scheduler. When no lane of a warp can go on and it is not because all are at a block barrier,
+// then what they wait for never comes: that is reported. (Threads switch nowhere else: one that
+// asks again and again for what another is to write ends by the time limit of guard.h.)
 #pragma once
 
 #include <stddef.h>
@@ -29,6 +30,9 @@ constexpr bool CHECKED = true;
 constexpr bool CHECKED = false;
 #endif
 #define CUSIM_SLOW static __attribute__((noinline, no_sanitize("thread", "undefined")))
+
+// Where a function was called from; for functions that are not inlined.
+#define CUSIM_CALLER __builtin_return_address(0)
 
 struct uint3 { unsigned x, y, z; };
 
@@ -208,9 +212,11 @@ CUSIM bool is_waiting(const Fiber* f) {
         } else if (a->waits == NOTHING) {
             snprintf(lanes[i], sizeof lanes[i], "run");
         } else {
-            int n = snprintf(lanes[i], sizeof lanes[i], "%s %s in line %u",
-                             is_waiting(a) ? "wait in" : "run, last seen in", WAITS[a->waits], a->line);
-            if (a->mask != FULL) snprintf(lanes[i] + n, sizeof lanes[i] - n, " for lanes %08x", a->mask);
+            char mask[24] = "";
+            if (a->mask != FULL) snprintf(mask, sizeof mask, " for lanes %08x", a->mask);
+            snprintf(lanes[i], sizeof lanes[i], "%s %s in line %u%s",
+                     is_waiting(a) ? "wait in" : "run, last seen in", WAITS[a->waits], a->line,
+                     mask);
         }
     }
     int n = snprintf(f->text, sizeof f->text, "%s; warp %d:", what, int(w - warps));
@@ -220,7 +226,8 @@ CUSIM bool is_waiting(const Fiber* f) {
         for (int j = LANES - 1; j >= 0; j--) {
             if (strcmp(lanes[i], lanes[j]) == 0) same |= 1u << j, first = j;
         }
-        if (first == i) n += snprintf(f->text + n, sizeof f->text - n, " lanes %08x %s;", same, lanes[i]);
+        if (first != i) continue;
+        n += snprintf(f->text + n, sizeof f->text - n, " lanes %08x %s;", same, lanes[i]);
     }
     leave();
 }
@@ -290,7 +297,8 @@ CUSIM const uint64_t* meet(Fiber* f, Wait waits, uint64_t value, unsigned line) 
 }
 
 // The same for a part of a warp. Rare, so each lane gets a copy.
-CUSIM_SLOW const uint64_t* meet_some(Fiber* f, Wait waits, unsigned mask, uint64_t value, unsigned line) {
+CUSIM_SLOW const uint64_t* meet_some(
+    Fiber* f, Wait waits, unsigned mask, uint64_t value, unsigned line) {
     Warp* w = f->warp;
     f->received[f->lane] = value;
     f->waits_for_some = true;
@@ -302,7 +310,8 @@ CUSIM_SLOW const uint64_t* meet_some(Fiber* f, Wait waits, unsigned mask, uint64
     for (int i = 0; i < LANES && all; i++) {
         if (!(mask >> i & 1)) continue;
         const Fiber* g = w->lanes[i];
-        all = g && is_waiting(g) && g->waits == waits && g->mask == mask && (!CHECKED || g->line == line);
+        all = g && is_waiting(g) && g->waits == waits && g->mask == mask &&
+              (!CHECKED || g->line == line);
         if (all) values[i] = g->received[i];
     }
     for (int i = 0; i < LANES && all; i++) {

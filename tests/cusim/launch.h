@@ -45,7 +45,8 @@ CUSIM_SLOW void poison(Shared s, char* dynamic, size_t dynamic_size) {
 
 }  // namespace cusim
 
-#define CUSIM_API extern "C" __attribute__((visibility("default"), no_sanitize("thread", "undefined")))
+#define CUSIM_API \
+    extern "C" __attribute__((visibility("default"), no_sanitize("thread", "undefined")))
 
 // Name, bytes of arguments and threads of a block at most of kernel i; 0 if there is none.
 CUSIM_API int cusim_kernel(unsigned i, const char** name, size_t* args, unsigned* threads) {
@@ -66,11 +67,12 @@ CUSIM_API long cusim_shared_offset(uint64_t address) {
     return offset < s.size ? long(offset) : -1;
 }
 
-// Run kernel i for at most so many seconds of processor time; 1 if that failed, and `fault` says how.
-// Not for two threads at once.
+// Run kernel i for at most so many seconds of processor time; 1 if that failed, and `fault` says
+// how. Not for two threads at once.
 CUSIM_API int cusim_launch(
     unsigned i, const unsigned* grid, const unsigned* size, const void* args, size_t dynamic_size,
-    uint64_t seed, double seconds, cusim::Region* regions, unsigned n_regions, uint32_t* clock, cusim::Fault* fault) {
+    uint64_t seed, double seconds, cusim::Region* regions, unsigned n_regions, uint32_t* clock,
+    cusim::Fault* fault) {
     using namespace cusim;
     if (!stacks) {
         stacks = static_cast<char*>(mmap(nullptr, MAX_THREADS * STACK_STEP, PROT_READ | PROT_WRITE,

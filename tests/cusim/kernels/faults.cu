@@ -85,7 +85,8 @@ KERNEL no_syncwarp(const test_args p) {
     if (!p.wrong) __syncwarp();
     p.y[threadIdx.x] = s[threadIdx.x ^ 1];  // no_syncwarp
 }
-KERNEL shuffle_for_syncwarp(const test_args p) {  // CUDA does not promise that shuffles order memory
+// CUDA does not promise that shuffles order memory.
+KERNEL shuffle_for_syncwarp(const test_args p) {
     __shared__ int s[64];
     s[threadIdx.x] = p.x[threadIdx.x];  // shuffle_for_syncwarp, the other
     const int x = __shfl_xor_sync(ALL, p.x[threadIdx.x], 1);
@@ -151,10 +152,9 @@ KERNEL not_in_its_own_mask(const test_args p) {
     p.y[threadIdx.x] = __shfl_xor_sync(mask, p.x[threadIdx.x], 1);  // not_in_its_own_mask
 }
 KERNEL source_not_in_the_mask(const test_args p) {
-    const int lane = threadIdx.x % 32;
-    if (lane < 16) {
-        const int x = __shfl_sync(0xffffu, p.x[threadIdx.x], 16 * p.wrong);  // source_not_in_the_mask
-        p.y[threadIdx.x] = x;
+    const int x = p.x[threadIdx.x], source = 16 * p.wrong;
+    if (threadIdx.x % 32 < 16) {
+        p.y[threadIdx.x] = __shfl_sync(0xffffu, x, source);  // source_not_in_the_mask
     }
 }
 
