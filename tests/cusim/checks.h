@@ -215,12 +215,17 @@ CUSIM_SLOW void begin_block() {
     memset(shared_region.written, 0, shared_region.size);
 }
 
+// What the compiler says of a place in the source.
+struct SourcePlace {
+    const char* file;
+    int line, column;
+};
+
 [[noreturn]] CUSIM_SLOW void fail_arithmetic(
-    Kind kind, const void* data, uint64_t address, const char* what, void* code) {
+    Kind kind, const SourcePlace* source, const char* what, void* code) {
     Fault* f = new_fault(kind);
-    f->address = address;
     f->place = uint64_t(code) - image_begin;
-    f->line = static_cast<const int*>(data)[2];  // behind a pointer to the name of the file
+    f->line = source->line;
     snprintf(f->text, sizeof f->text, "%s", what);
     leave();
 }
@@ -250,12 +255,21 @@ CUSIM_HOOK __tsan_write_range(void* p, size_t n) {
 }
 CUSIM_HOOK __tsan_init() {}
 
-CUSIM_HOOK __ubsan_handle_type_mismatch_v1(void* data, size_t address) {
-    cusim::fail_arithmetic(cusim::MISALIGNED, data, address, "", CUSIM_CALLER);
+namespace cusim {
+struct Mismatch {
+    SourcePlace source;
+    const void* type;
+    uint8_t log_alignment, doing;  // 0 a read, 1 a write
+};
 }
-#define CUSIM_UBSAN(name, what)                                                             \
-    CUSIM_HOOK __ubsan_handle_##name(void* data) {                                          \
-        cusim::fail_arithmetic(cusim::ARITHMETIC, data, 0, what, CUSIM_CALLER); \
+CUSIM_HOOK __ubsan_handle_type_mismatch_v1(cusim::Mismatch* mismatch, uint64_t address) {
+    cusim::fail_access(cusim::MISALIGNED, address, 1 << mismatch->log_alignment,
+                       mismatch->doing == 1 ? cusim::WRITE : cusim::READ,
+                       uint64_t(CUSIM_CALLER) - cusim::image_begin);
+}
+#define CUSIM_UBSAN(name, what)                                                   \
+    CUSIM_HOOK __ubsan_handle_##name(cusim::SourcePlace* source) {                \
+        cusim::fail_arithmetic(cusim::ARITHMETIC, source, what, CUSIM_CALLER);    \
     }
 CUSIM_UBSAN(add_overflow, "a sum does not fit its type")
 CUSIM_UBSAN(sub_overflow, "a difference does not fit its type")
@@ -263,6 +277,6 @@ CUSIM_UBSAN(mul_overflow, "a product does not fit its type")
 CUSIM_UBSAN(negate_overflow, "a negated value does not fit its type")
 CUSIM_UBSAN(divrem_overflow, "division by zero, or a quotient that does not fit its type")
 CUSIM_UBSAN(shift_out_of_bounds, "a shift by more bits than there are")
-CUSIM_HOOK __ubsan_handle_out_of_bounds(void* data) {
-    cusim::fail_arithmetic(cusim::BOUNDS, data, 0, "an index is beyond its array", CUSIM_CALLER);
+CUSIM_HOOK __ubsan_handle_out_of_bounds(cusim::SourcePlace* source) {
+    cusim::fail_arithmetic(cusim::BOUNDS, source, "an index is beyond its array", CUSIM_CALLER);
 }

@@ -323,7 +323,8 @@ class Simulator:
         where = f"{kernel}, {who(f.block, f.thread)}"
         text = f.text.decode(errors="replace")
         if kind == "divergence":
-            return SimError(kind, f"{where}, line {f.line}: {text}")
+            line = f", line {f.line}" if f.line else ""  # none, if it has just left
+            return SimError(kind, f"{where}{line}: {text}")
         if kind == "endless":
             last = f", and last waited in line {f.line}" if f.line else ""
             return SimError(kind, f"{where} still runs after {self.time_limit:g} s{last}")
@@ -335,6 +336,10 @@ class Simulator:
         if text:
             return SimError(kind, f"{where}: {text}")
         doing = ("reads", "writes", "atomically changes")
+        if kind == "misaligned":
+            return SimError(
+                kind, f"{where} {doing[f.write]} {memory}, no multiple of {f.size} bytes"
+            )
         message = f"{where} {doing[f.write]} {f.size} bytes at {memory}"
         if kind == "race":
             other = who(f.other_block, f.other_thread)

@@ -77,6 +77,29 @@ KERNEL no_barrier_before_writing(const test_args p) {
         if (!p.wrong) __syncthreads();
     }
 }
+KERNEL write_after_reads(const test_args p) {
+    __shared__ int s;
+    if (threadIdx.x == 0) s = p.x[0];
+    __syncthreads();
+    const int x = s;  // write_after_reads, the other
+    if (!p.wrong) __syncthreads();
+    if (threadIdx.x == 63) s = x + 1;  // write_after_reads
+    __syncthreads();
+    p.y[threadIdx.x] = x + s;
+}
+// Of those that meet, the simulator lets the last one, lane 31, go on first.
+KERNEL write_of_the_first_reader(const test_args p) {
+    __shared__ int s[2];
+    int& mine = s[threadIdx.x / 32];
+    if (threadIdx.x % 32 == 0) mine = p.x[0];
+    __syncwarp();
+    const int x = mine;  // write_of_the_first_reader, the other
+    const int sum = __any_sync(ALL, x);
+    if (!p.wrong) __syncwarp();
+    if (threadIdx.x % 32 == 31) mine = sum;  // write_of_the_first_reader
+    __syncwarp();
+    p.y[threadIdx.x] = x + mine;
+}
 KERNEL no_syncwarp(const test_args p) {
     __shared__ int s[64];
     s[threadIdx.x] = 0;
