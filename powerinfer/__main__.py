@@ -27,6 +27,7 @@ COMMANDS = {
     "perplexity": "quality on a text, KL divergence, recall",
     "heat": "a picture of who fires",
     "bench": "speed, and the bound that memory sets",
+    "plan": "what lives on the GPU under a budget",
     "infer": "continue a prompt",
     "doctor": "what this machine can do, and what is wrong",
     "inspect": "show what is in a file",

@@ -67,7 +67,10 @@ class Backend(Protocol):
         """logits = norm(x) @ output, for the tokens in step.outputs."""
 
     def show(self) -> None:
-        """Bring plan.buffers up to date: x, h, scores, mask and fired of the step's tokens."""
+        """Bring plan.buffers up to date: x, h, scores, mask, fired, act of the step's tokens.
+
+        act of those that fired; where nothing is predicted, there are no scores and no mask.
+        """
 
     def take_mask(self, il: int) -> None:
         """Use the mask in plan.buffers, which may have been changed, for the FFN of layer `il`."""

@@ -176,6 +176,7 @@ def _trained_context(file: GGUFFile, arch: str) -> int:
 MAX_THREADS = 512
 MAX_CONTEXT = 1 << 22
 MAX_SEQUENCES = 256
+MAX_GPU = 63
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,11 @@ class RunOptions:
     threads: int | None = None  # None: one per physical core
     context: int | None = None  # tokens; None: min(trained context, 4096)
     mode: Mode | None = None  # None: predicted if the file has predictors, else exact
-    backend: Literal["auto", "numpy", "cpu"] = "auto"
+    backend: Literal["auto", "numpy", "cpu", "cuda"] = "auto"  # auto: cuda if there is a GPU
     kv_type: Literal["auto", "f32", "f16"] = "auto"  # auto: f32 for F32 weights, else f16
     sparse_threshold: float | None = None  # overrides the file's
-    vram_budget: float | None = None  # GiB; accepted for machines with a GPU
+    vram_budget: float | None = None  # GiB; None: what is free, less a reserve; 0: CPU only
+    gpu: int | None = 0  # which one; None: no GPU
     mmap: bool = True  # False: read the file into memory of our own
     mlock: bool = False  # keep the file's pages in memory
     adapt: bool = True  # generate() moves calibrated thresholds with the text (runtime/adapt.py)
@@ -210,7 +212,8 @@ class RunOptions:
         threads, context = self.threads, self.context
         check("threads", threads is None or whole(threads, 1, MAX_THREADS), "1 to 512")
         check("context", context is None or whole(context, 1, MAX_CONTEXT), "1 to 4194304")
-        modes, backends, types = get_args(Mode), ("auto", "numpy", "cpu"), ("auto", "f32", "f16")
+        modes, types = get_args(Mode), ("auto", "f32", "f16")
+        backends = ("auto", "numpy", "cpu", "cuda")
         check("mode", self.mode is None or self.mode in modes, f"one of {', '.join(modes)}")
         check("backend", self.backend in backends, f"one of {', '.join(backends)}")
         check("kv_type", self.kv_type in types, f"one of {', '.join(types)}")
@@ -219,6 +222,7 @@ class RunOptions:
         check("sparse_threshold", threshold is None or is_number, "a number")
         is_size = isinstance(budget, int | float) and 0 <= budget < float("inf")
         check("vram_budget", budget is None or is_size, "0 GiB or more")
+        check("gpu", self.gpu is None or whole(self.gpu, 0, MAX_GPU), "the number of a GPU, or None")
         for name in ("adapt", "mmap", "mlock"):
             check(name, isinstance(getattr(self, name), bool), "True or False")
         isas = get_args(Isa)

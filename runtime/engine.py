@@ -77,7 +77,7 @@ class Engine:
         self.context = _choose_context(self.config, self.options)
         self.mode = _choose_mode(model, self.options)
         self._plan = self._make_plan()
-        self._ops = _make_backend(self._plan, self.options, notify)
+        self._ops = _make_backend(model, self._plan, self.options, notify)
         self.backend = self._ops.name
         self._decode = self._ops.capture(lambda: forward(self._plan, self._ops))
         # Step and buffers serve one forward pass at a time, whoever asks for it.
@@ -459,12 +459,15 @@ def _choose_mode(model: Model, options: RunOptions) -> Mode:
     return options.mode
 
 
-def _make_backend(plan: Plan, options: RunOptions, notify: Callable[[str], Any]) -> Backend:
+def _make_backend(
+    model: Model, plan: Plan, options: RunOptions, notify: Callable[[str], Any]
+) -> Backend:
     if options.backend == "numpy":
         return Reference(plan)
     from .cpu import isa  # numba takes half a second to import
 
     isa.use(options.isa)
     from .cpu.operators import CPU
+    from .cuda.choose import open_gpu
 
-    return CPU(plan, options.threads, notify)
+    return open_gpu(model, plan, options, notify) or CPU(plan, options.threads, notify)

@@ -6,7 +6,9 @@ serves one token, a prompt chunk, a batch, and a captured graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import numpy as np
 
@@ -95,6 +97,19 @@ class Buffers:
         self.logits = np.zeros((n_out_max, c.n_vocab), np.float32)
         # Since they were last set to 0, per layer and summed over tokens; the columns are COUNTS.
         self.counts = np.zeros((c.n_layer, len(COUNTS)), np.int64)
+
+    def relocate(
+        self, allocate: Callable[[tuple[int, ...], np.dtype[Any]], tuple[np.ndarray, int]]
+    ) -> dict[str, int]:
+        """Put every array elsewhere, before anybody uses it; return the addresses given for them.
+
+        `allocate` returns zeros of a shape and type, and an address.
+        """
+        addresses = {}
+        for name, array in vars(self).items():
+            moved, addresses[name] = allocate(array.shape, array.dtype)
+            setattr(self, name, moved)
+        return addresses
 
 
 def rope_table(c: ModelConfig, context: int, factors: np.ndarray | None) -> np.ndarray:

@@ -83,7 +83,8 @@ def test_exact_equals_dense(name, backend, tiny_gguf):
 
 @pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("predictors", [False, True])
-def test_cpu_equals_reference(outtype, predictors, tiny_gguf):
+@pytest.mark.parametrize("name", ["gqa", "falcon40"])
+def test_cpu_equals_reference(name, outtype, predictors, tiny_gguf):
     """Same rounding of activations on both sides; what differs is the order of sums.
 
     A value on the edge of two int8 steps may fall to either side, and a random model of 96
@@ -91,7 +92,7 @@ def test_cpu_equals_reference(outtype, predictors, tiny_gguf):
     KL of 2e-5. Hence the wide bound for integer types; single operators are compared closely in
     test_operators.py, a trained model below.
     """
-    path, ids = tiny_gguf("gqa", outtype, predictors), tiny.token_ids()
+    path, ids = tiny_gguf(name, outtype, predictors), tiny.token_ids()
     ours, reference = logits(path, ids, backend="cpu"), logits(path, ids, backend="numpy")
     assert kl(reference, ours) < (5e-4 if outtype in ("q8_0", "q4_0") else 5e-8)
     if outtype == "f32":

@@ -112,7 +112,7 @@ class _Recorder(Watcher):
 
 def sparse_ffn(model: Path, n_threads: int, rounds: int) -> tuple[float, float]:
     """Return bytes a second of a model's FFNs at decode, and of reading the same rows."""
-    options = RunOptions(threads=n_threads, adapt=False, context=64)
+    options = RunOptions(threads=n_threads, backend="cpu", adapt=False, context=64)
     with Engine(model, options) as engine:
         recorder, draw = _Recorder(), np.random.default_rng(22)
         sequence, counts = Sequence(), engine.no_counts()

@@ -49,7 +49,7 @@ def examine(bandwidth: bool = True) -> list[Finding]:
     found.append(_cache(kernel_cache()))
     if bandwidth:
         found.append(_bandwidth(cores))
-    found.append(Finding("GPU", "not looked for: this version has no GPU engine"))
+    found.append(_gpu())
     for extra, (package, what) in EXTRAS.items():
         is_there = importlib.util.find_spec(package) is not None
         hint = f'not installed: pip install "powerinfer-python[{extra}]"'
@@ -57,6 +57,16 @@ def examine(bandwidth: bool = True) -> list[Finding]:
             Finding(f"extra {extra}", f"{what}: {_version(package) if is_there else hint}")
         )
     return found
+
+
+def _gpu() -> Finding:
+    from ..runtime.cuda import detect
+
+    found = detect.find()
+    names = [f"{gpu.number}: {gpu.name}, {gpu.memory / 2**30:.1f} GiB" for gpu in found.gpus]
+    if not names:
+        return Finding("GPU", found.reason)
+    return Finding("GPU", "; ".join(names), found.reason)
 
 
 def _python() -> str:

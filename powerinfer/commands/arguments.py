@@ -10,6 +10,8 @@ from typing import get_args
 
 from ..runtime.config import Isa, Mode
 
+BACKENDS = ("auto", "numpy", "cpu", "cuda")
+
 
 def at_least(low: int) -> Callable[[str], int]:
     """Return an argparse type: a whole number not below `low`."""
@@ -59,6 +61,16 @@ def add_isa(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="instructions of the CPU kernels (default: the best that this CPU has)",
     )
+
+
+def add_gpu(parser: argparse.ArgumentParser) -> None:
+    """Add --backend, --vram-budget, --gpu and --no-gpu."""
+    add = parser.add_argument
+    add("--backend", choices=BACKENDS, default="auto", help="numpy: the reference")
+    add("--vram-budget", type=float, metavar="GiB", help="GPU memory to use; 0: CPU only")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--gpu", type=at_least(0), default=0, metavar="N", help="which GPU")
+    which.add_argument("--no-gpu", dest="gpu", action="store_const", const=None, help="CPU only")
 
 
 def share(text: str) -> float:

@@ -18,7 +18,7 @@ from ..runtime.config import RunOptions
 from ..runtime.errors import RequestError
 from ..runtime.weights import load_model
 from ..tools.bench import RATE, Bench, Test, as_json, as_table, other_rate, parts_table
-from .arguments import add_isa, add_memory, add_mode, at_least, mode_of, numbers, say
+from .arguments import add_gpu, add_isa, add_memory, add_mode, at_least, mode_of, numbers, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mode(parser)
     add_memory(parser)
     add_isa(parser)
+    add_gpu(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for programs")
     form.add_argument("--md", action="store_true", help="only the table")
@@ -54,7 +55,13 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not tests:
         parser.error("nothing to measure: -p, -n, -t and -b leave no test")
     try:
-        options = RunOptions(mode=mode_of(args), isa=args.isa)
+        options = RunOptions(
+            mode=mode_of(args),
+            isa=args.isa,
+            backend=args.backend,
+            vram_budget=args.vram_budget,
+            gpu=args.gpu,
+        )
     except RequestError as error:
         parser.error(str(error))
     model = load_model(args.model, load=args.no_mmap, lock=args.mlock)

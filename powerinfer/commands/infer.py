@@ -14,7 +14,7 @@ from ..runtime.engine import Engine
 from ..runtime.errors import RequestError, shown
 from ..runtime.paths import regular
 from ..runtime.sampling import SamplingOptions
-from .arguments import add_isa, add_memory, add_mode, at_least, mode_of, say
+from .arguments import add_gpu, add_isa, add_memory, add_mode, at_least, mode_of, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-n", "--n-predict", type=at_least(-1), default=128, help="tokens (-1: until the end)")
     add("-c", "--ctx-size", type=at_least(1), help="context (default: trained, at most 4096)")
     add("-t", "--threads", type=at_least(1), help="threads (default: physical cores)")
-    add("--backend", choices=["auto", "numpy", "cpu"], default="auto", help="numpy: the reference")
+    add_gpu(parser)
     add("--kv-type", choices=["auto", "f32", "f16"], default="auto", help="type of the KV cache")
     add_memory(parser)
     add_isa(parser)
@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mode(parser)
     add("--sparse-threshold", type=float, help="predictor scores at or above it count as firing")
     add("--no-adapt", action="store_true", help="keep the predictors' thresholds of the file")
-    add("--vram-budget", type=float, metavar="GiB", help="GPU memory to use")
     add("-ngl", "--n-gpu-layers", type=int, help=argparse.SUPPRESS)
 
     defaults = SamplingOptions()
@@ -75,8 +74,6 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
         model = demo_model()
     say(f"loading {model}")
-    if args.vram_budget:
-        say("no GPU engine in this version: running on the CPU")
     with Engine(model, options, notify=say) as engine:
         c = engine.config
         say(
@@ -171,6 +168,7 @@ def _options(args: argparse.Namespace) -> RunOptions:
         kv_type=args.kv_type,
         sparse_threshold=args.sparse_threshold,
         vram_budget=args.vram_budget,
+        gpu=args.gpu,
         adapt=not args.no_adapt,
         isa=args.isa,
         mmap=not args.no_mmap,

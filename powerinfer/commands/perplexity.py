@@ -21,7 +21,7 @@ from ..runtime.config import Mode, RunOptions
 from ..runtime.engine import Engine, is_sparse
 from ..runtime.errors import RequestError
 from ..runtime.weights import load_model
-from .arguments import add_mode, at_least, mode_of, say
+from .arguments import add_gpu, add_mode, at_least, mode_of, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-n", "--tokens", type=at_least(3), help="of the text (default: all)")
     add("-c", "--ctx-size", type=at_least(3), help="tokens in a window (default: at most 512)")
     add("-t", "--threads", type=at_least(1), help="default: physical cores")
-    add("--backend", choices=["auto", "numpy", "cpu"], default="auto")
+    add_gpu(parser)
     add("--kl-base", type=Path, metavar="REF.gguf", help="compare with this model, run exactly")
     add("--json", action="store_true", help="for programs")
     add("--sparse-threshold", type=float, help="in place of the file's thresholds")
@@ -45,6 +45,8 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             threads=args.threads,
             context=args.ctx_size,
             backend=args.backend,
+            vram_budget=args.vram_budget,
+            gpu=args.gpu,
             sparse_threshold=args.sparse_threshold,
         )
     except RequestError as error:

@@ -141,6 +141,24 @@ def out_add(args, control, epoch, thread):
     wait(control, 1, epoch, n_tasks)
 
 
+PACK = layout("counts x packs ones n")
+
+
+@job
+def pack_rows(args, control, epoch, thread):
+    """packs = x [n_tok, n] rounded, where another backend made x; n not a multiple of 32: none."""
+    n = arg(args, PACK.n)
+    n_tok = np.int64(load_i32(arg(args, PACK.counts))) if n % 32 == 0 else 0
+    x, packs, ones = arg(args, PACK.x), arg(args, PACK.packs), arg(args, PACK.ones)
+    while True:
+        t = take(control, 0, epoch, n_tok)
+        if t < 0:
+            break
+        pack(x + t * n * 4, n, packs + t * pack_stride(n), ones)
+        finish(control, 0)
+    wait(control, 0, epoch, n_tok)
+
+
 # -- predictor --------------------------------------------------------------------------------
 
 PREDICT = layout(

@@ -14,7 +14,7 @@ from ..gguf import Tensor
 from ..weights import Weights
 from . import attention, ffn, ffn_batch, linear, matmul
 from .bandwidth import Reader, read_all
-from .block import PRODUCTS, SUMS, address, build, matrix
+from .block import MATRIX, PRODUCTS, SUMS, address, build, matrix
 from .elementwise import NORMS
 from .gemm import MULTIPLIES, UNPACKS
 from .jit import Kernel, load_kernels
@@ -28,6 +28,7 @@ _JOBS = (
     linear.embed,
     linear.ffn_norm,
     linear.out_add,
+    linear.pack_rows,
     linear.predict,
     linear.head,
     attention.qkv,
@@ -101,7 +102,9 @@ class CPU:
         n_splits = -(-len(plan.rope) // attention.SPLIT)
         size = len(step.pages) * c.n_head * n_splits * attention.partial_floats(c.head_dim)
         partial = self._floats(size if n_splits > 1 else 0)
+        # Falcon's FFN, whose input is made before attention, reads it after: qkv has its own.
         attention_h = self._floats(n_tok, c.n_embd)
+        attention_packs = self._bytes(n_tok * pack_bytes(c.n_embd))
         k, v = self._floats(n_tok, kv_dim), self._floats(n_tok, kv_dim)
         a_packs = self._bytes(n_tok * pack_bytes(q_dim))
         hidden = self._floats(n_tok, rank)
@@ -144,6 +147,7 @@ class CPU:
             **normed,
             **scratch,
         )
+        self._pack_h = build(linear.PACK, counts=step.counts, x=b.h, n=c.n_embd, **packed_embd)
         self._qkv: list[Block] = []
         self._attend: list[Block] = []
         self._out_add: list[Block] = []
@@ -168,7 +172,7 @@ class CPU:
                     wk=matrix(layer.wk, layer.bk),
                     wv=matrix(layer.wv, layer.bv),
                     **where,
-                    **normed,
+                    **(normed | {"packs": attention_packs}),
                     **heads,
                     **cache,
                     **scratch,
@@ -310,9 +314,11 @@ class CPU:
         # Between two jobs of a token Python takes longer than its share: what it runs through has
         # left the caches every time, weights having gone through them.
         calls: list[tuple[int, int]] = []
-        self._captured = calls
-        run()
-        self._captured = None
+        outer, self._captured = self._captured, calls
+        try:
+            run()
+        finally:
+            self._captured = outer
         jobs = program(calls)
         return lambda: self.pool.run(jobs)
 
@@ -346,6 +352,20 @@ class CPU:
 
     def finish(self) -> None:
         """See show()."""
+
+    def be_part(self, il: int, out: np.ndarray) -> None:
+        """Let ffn(il) add to `out` [n_tok, n_embd] what the neurons in mask give, and no bias.
+
+        For another backend that has the others: it makes buffers.h (see pack_h) and mask.
+        """
+        block = self._ffn[il]
+        block[ffn.FFN.x] = address(out)
+        block[ffn.FFN.has_mask], block[ffn.FFN.is_dense] = 1, 0
+        block[ffn.FFN.down_bias] = block[ffn.FFN.down + MATRIX.bias] = 0
+
+    def pack_h(self) -> None:
+        """Round buffers.h, made by another backend, as ffn and audit want it."""
+        self._run(linear.pack_rows, self._pack_h)
 
     def ffn_block(self, il: int) -> Block:
         """Return the argument block of a layer's FFN (ffn.FFN), for benchmarks."""

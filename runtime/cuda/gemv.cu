@@ -1,0 +1,56 @@
+// One token's matrix-vector products (a few tokens': the same again, for each).
+#include "formats.cuh"
+
+struct gemv_args {
+    Matrix w;
+    const float* x;      // [n_tok][cols], read by f16 and f32
+    Packed x_packed;     // [n_tok][cols], read by q4_0, q8_0, q6_k
+    const float* bias;   // [rows] or null
+    float* y;            // [n_tok][y_stride]
+    int y_stride;
+    int op;              // Op
+};
+
+// y[t][r] (op) w[r] . x[t] + bias[r]     w [rows][cols], x [n_tok][cols]
+// Bytes: w once a token; x comes from the caches: 36 bytes a unit of two rows of q4_0.
+//
+// A warp takes two rows, and of each two units a lane before it uses the first: 64 bytes a thread
+// in flight. To keep a memory of latency L busy, its bandwidth times L must be in flight (Little):
+// 1.0 TB/s x 0.6 us / 128 SMs = 5 KiB an SM on an RTX 4090, 3.35 TB/s x 0.7 us / 132 = 18 KiB on an
+// H100. At 64 registers or fewer an SM holds 1024 threads: 64 KiB. A matrix of 1024 rows makes 512
+// warps: 4 on each SM, 8 KiB: all of it is asked for in two goes, as soon as the kernel starts.
+// Two rows share what they read of x, so that the L1 cache, not only memory, keeps up.
+//
+// launch: grid (ceil(rows / 8), n_tok), block 128
+constexpr int GEMV_THREADS = 128, GEMV_ROWS = 2;  // rows of a warp
+
+template <class F> __device__ inline void gemv(const gemv_args& p) {
+    const int t = blockIdx.y;
+    const int first = (blockIdx.x * (GEMV_THREADS / WARP) + warp_id()) * GEMV_ROWS;
+    if (first >= p.w.rows) return;
+    // Lane r has the result of row first + r, and only it looks at what the result is added to:
+    // before the long wait, so that it is there afterwards.
+    const int mine = first + lane_id();
+    const bool is_mine = lane_id() < GEMV_ROWS && mine < p.w.rows;
+    float* y = p.y + (long long)t * p.y_stride + mine;
+    float sum = is_mine && p.op == ADD ? *y : 0;
+    if (is_mine && p.bias) sum += p.bias[mine];
+    int rows[GEMV_ROWS];
+#pragma unroll
+    for (int r = 0; r < GEMV_ROWS; r++) rows[r] = min(first + r, p.w.rows - 1);
+    float sums[GEMV_ROWS];
+    dot_rows<F>(p.w, rows, Input{p.x, p.x_packed, p.w.cols}.token(t), sums);
+#pragma unroll
+    for (int r = 0; r < GEMV_ROWS; r++) sum += lane_id() == r ? sums[r] : 0;
+    if (is_mine) *y = p.op == STORE_RELU && sum < 0 ? 0 : sum;
+}
+
+#define GEMV(suffix, F)                                                                            \
+    extern "C" __global__ void __launch_bounds__(128) gemv_##suffix(const gemv_args p) {           \
+        gemv<F>(p);                                                                                \
+    }
+GEMV(q4_0, Q4_0)
+GEMV(q8_0, Q8_0)
+GEMV(q6_k, Q6_K)
+GEMV(f16, F16)
+GEMV(f32, F32)

@@ -1,0 +1,445 @@
+"""What operators launch, filled once per layer: kernels, their grids, their arguments.
+
+Launches come in pairs, for one token and for several. One token is a matter of memory bandwidth:
+products row by row, and lists of neurons. Several tokens are tiles of matrix products over all
+resident neurons. What differs from call to call lies in the device's copy of the Step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..backend import Plan
+from ..config import POSITION_OFFSET
+from ..footprint import ATTENTION_SPAN, BLOCK, DOWN_SPLITS, device_type
+from ..formats import INTEGER_DOT
+from ..gguf import Tensor
+from ..plan import LayerPlacement
+from ..weights import Layer
+from . import arguments
+from .loading import DeviceMatrix, Loader
+
+ACTIVATIONS = ("relu", "fatrelu", "drelu", "relu2", "silu", "gelu")  # common.cuh, Activation
+STORE, ADD, STORE_RELU = range(3)  # common.cuh, Op
+_ROW_BLOCKS = 1024  # of 8 warps each, that take the neurons of a list in turn
+_UNITS = {"q4_0": 32, "q8_0": 16, "q6_k": 64, "f16": 8, "f32": 4}  # formats.cuh, UNIT
+_NOTHING = DeviceMatrix(0, 0, 0, 0, "")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its arguments; `grid` says how large, for a number of tokens."""
+
+    kernel: str
+    grid: Callable[[int], tuple[int, ...]]
+    args: np.ndarray
+
+    @property
+    def block(self) -> int:
+        return arguments.kernels()[self.kernel].block
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What an operator launches for one token, and for several."""
+
+    one: Sequence[Launch] = ()
+    many: Sequence[Launch] = ()
+
+    def __add__(self, other: Launches) -> Launches:
+        return Launches([*self.one, *other.one], [*self.many, *other.many])
+
+
+@dataclass(frozen=True)
+class LayerLaunches:
+    """The operators of a layer."""
+
+    qkv: Launches
+    attend: Launches
+    out_add: Launches
+    ffn_norm: Launches
+    predict: Launches
+    compact: Launches  # mask and lists, from the scores
+    recompact: Launches  # the same again, of other scores: counts nothing
+    ffn: Launches  # the resident neurons
+    ffn_add: Launches  # what they came to, and the CPU's part
+    has_cold: bool  # whether there is a part of the CPU's
+    slot: int  # address of the slot table, int32 [blocks]
+
+
+@dataclass(frozen=True)
+class _Input:
+    """Activations on the device: float32 [n_tok, cols], and the addresses of Packed."""
+
+    x: int
+    packed: tuple[int, int, int]
+
+
+def _parts(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def _launch(kernel: str, grid: Callable[[int], tuple[int, ...]], **values: Any) -> Launch:
+    return Launch(kernel, grid, arguments.fill(kernel, **values))
+
+
+def _always(*launches: Launch) -> Launches:
+    """Return launches that serve any number of tokens."""
+    return Launches(launches, launches)
+
+
+class Builder:
+    """Uploads weights and fills the launches that work on them.
+
+    `at`: addresses of footprint.workspace's arrays and of the Step's.
+    """
+
+    def __init__(self, plan: Plan, load: Loader, at: Mapping[str, int]) -> None:
+        self._plan, self._load, self._at = plan, load, at
+        self._is_f32 = plan.cache.k.dtype == np.float32
+        self._kv = "f32" if self._is_f32 else "f16"
+        self._output: DeviceMatrix | None = None
+
+    def layer(self, il: int, place: LayerPlacement) -> LayerLaunches:
+        """Return a layer's launches."""
+        at, load, layer = self._at, self._load, self._plan.weights.layers[il]
+        cache_bytes = self._plan.cache.k[il].nbytes
+        cache = {"k_cache": load.take(cache_bytes), "v_cache": load.take(cache_bytes)}
+        has_cold, slot = place.slots < place.n_blocks, load.array(place.slot_table())
+        is_predicted = self._plan.mode == "predicted"
+        a = self._input("a")
+        out = self._product(load.matrix(layer.wo), a, at["x"], ADD, layer.bo)
+        neurons, add = self._neurons(il, layer, place, slot)
+        return LayerLaunches(
+            qkv=self._qkv(layer, cache),
+            attend=self._attend(cache),
+            out_add=self._packed(a, layer.wo.cols, layer.wo) + out,
+            ffn_norm=self._norm(layer.ffn_norm, layer.ffn_norm_bias, self._input("h")),
+            predict=self._predict(layer) if is_predicted else Launches(),
+            compact=self._compact(il, slot, has_cold, self._counters(il)),
+            recompact=self._compact(il, slot, has_cold, 0),
+            ffn=neurons,
+            ffn_add=add,
+            has_cold=has_cold,
+            slot=slot,
+        )
+
+    def head(self) -> Launches:
+        """Return the launches of the tokens in Step.outputs."""
+        w, at, normed = self._plan.weights, self._at, self._input("normed")
+        norm = self._norm(w.output_norm, w.output_norm_bias, normed, of_outputs=True)
+        self._output = self._load.matrix(w.output)
+        product = self._product(self._output, normed, at["logits"], STORE, of_outputs=True)
+        return norm + product
+
+    def embed(self) -> Launches:
+        """Return the launches of the embedding; after head(), with which it may be tied."""
+        w, at, n_embd = self._plan.weights, self._at, self._plan.config.n_embd
+        is_tied = w.embd.name == w.output.name and self._output is not None
+        embd = self._output if is_tied else self._load.matrix(w.embd)
+        assert embd is not None
+        table = 0 if w.positions is None else self._load.array(w.positions.float32())
+        return _always(
+            _launch(
+                f"embed_{embd.suffix}",
+                lambda n: (_parts(n_embd, 1024), n),
+                counts=at["counts"],
+                tokens=at["tokens"],
+                positions=at["positions"],
+                embd=embd,
+                table=table,
+                offset=POSITION_OFFSET,
+                x=at["x"],
+            )
+        )
+
+    # -- pieces -----------------------------------------------------------------------------------
+
+    def _input(self, name: str) -> _Input:
+        at = self._at
+        return _Input(at[name], (at[f"{name}_q"], at[f"{name}_d"], at[f"{name}_s"]))
+
+    def _product(
+        self,
+        w: DeviceMatrix,
+        x: _Input,
+        y: int,
+        op: int,
+        bias: Tensor | None = None,
+        of_outputs: bool = False,
+    ) -> Launches:
+        """y (op) x @ w^T + bias."""
+        values = {
+            "w": w,
+            "x": x.x,
+            "x_packed": x.packed,
+            "bias": self._load.floats(bias),
+            "y": y,
+            "y_stride": w.rows,
+            "op": op,
+        }
+        many = _launch(
+            f"gemm_{w.suffix}",
+            lambda n: (_parts(w.rows, 64), _parts(n, 32)),
+            n_tok=self._counts(of_outputs),
+            **values,
+        )
+        return Launches(
+            [_launch(f"gemv_{w.suffix}", lambda n: (_parts(w.rows, 8), n), **values)], [many]
+        )
+
+    def _counts(self, of_outputs: bool) -> int:
+        """Return where the number of tokens is: of all, or of those that logits are wanted of."""
+        return self._at["counts"] + (4 if of_outputs else 0)
+
+    def _norm(
+        self, weight: Tensor, bias: Tensor | None, to: _Input, of_outputs: bool = False
+    ) -> Launches:
+        c = self._plan.config
+        return _always(
+            _launch(
+                "norm_rows",
+                lambda n: (n,),
+                counts=self._counts(of_outputs),
+                index=self._at["outputs"] if of_outputs else 0,
+                x=self._at["x"],
+                weight=self._load.floats(weight),
+                bias=self._load.floats(bias),
+                n=c.n_embd,
+                is_layer=int(c.traits.norm == "layer"),
+                eps=c.norm_eps,
+                h=to.x,
+                packed=to.packed if c.n_embd % 32 == 0 else (0, 0, 0),
+            )
+        )
+
+    def _packed(self, x: _Input, cols: int, weight: Tensor) -> Launches:
+        """Round activations for a weight that wants it, where no kernel does as it makes them."""
+        if device_type(weight.type) not in INTEGER_DOT:
+            return Launches()
+        values = {"x": x.x, "cols": cols, "packed": x.packed, "counts": self._at["counts"]}
+        return _always(_launch("pack", lambda n: (_parts(cols, 256), n), **values))
+
+    def _where(self) -> dict[str, int]:
+        """Return what says where a token is in the cache."""
+        names = ("counts", "rows", "positions", "pages")
+        return {n: self._at[n] for n in names} | {"pages_cols": self._plan.step.pages.shape[1]}
+
+    def _heads(self) -> dict[str, int]:
+        c = self._plan.config
+        return {"n_head": c.n_head, "n_head_kv": c.n_head_kv, "head_dim": c.head_dim}
+
+    def _qkv(self, layer: Layer, cache: dict[str, int]) -> Launches:
+        c, at, normed = self._plan.config, self._at, self._input("normed")
+        launches = self._norm(layer.attn_norm, layer.attn_norm_bias, normed)
+        for name, weight, bias in (
+            ("q", layer.wq, layer.bq),
+            ("k", layer.wk, layer.bk),
+            ("v", layer.wv, layer.bv),
+        ):
+            launches += self._product(self._load.matrix(weight), normed, at[name], STORE, bias)
+        rope = _launch(
+            f"rope_append_{self._kv}",
+            lambda n: (c.n_head + 2 * c.n_head_kv, n),
+            **{name: at[name] for name in "qkv"},
+            q_stride=layer.wq.rows,
+            k_stride=layer.wk.rows,
+            v_stride=layer.wv.rows,
+            table=at["rope"],
+            half=self._plan.rope.shape[2],
+            is_neox=int(c.traits.rope == "neox"),
+            **self._where(),
+            **self._heads(),
+            **cache,
+        )
+        return launches + _always(rope)
+
+    def _attend(self, cache: dict[str, int]) -> Launches:
+        c, at = self._plan.config, self._at
+        n_splits, group = _parts(len(self._plan.rope), ATTENTION_SPAN), c.n_head // c.n_head_kv
+        q_dim = c.n_head * c.head_dim
+        query = {"q": at["q"], "q_stride": q_dim, "scale": c.head_dim**-0.5}
+        partial = {name: at[f"attention_{name}"] for name in ("sums", "peaks", "totals")}
+        reads = {**self._where(), **self._heads(), **cache, **query}
+        split = _launch(
+            f"attend_split_{self._kv}",
+            lambda n: (n_splits, c.n_head_kv * _parts(group, 8), n),
+            alone_only=1,
+            **reads,
+            **partial,
+        )
+        combine = _launch(
+            "attend_combine",
+            lambda n: (_parts(q_dim, 256), n),
+            **{name: at[name] for name in ("counts", "rows", "positions", "a")},
+            n_splits=n_splits,
+            n_head=c.n_head,
+            head_dim=c.head_dim,
+            packed=(0, 0, 0),
+            alone_only=1,
+            **partial,
+        )
+        per_tile = 16 if c.head_dim > 128 else 32
+        tile = _launch(
+            f"attend_tile_{self._kv}",
+            lambda n: (_parts(n * group, per_tile), c.n_head_kv),
+            **reads,
+            a=at["a"],
+        )
+        return Launches([split, combine], [split, combine, tile])
+
+    def _predict(self, layer: Layer) -> Launches:
+        c, at = self._plan.config, self._at
+        assert layer.fc1 is not None and layer.fc2 is not None
+        fc1, fc2 = self._load.matrix(layer.fc1), self._load.matrix(layer.fc2)
+        hidden, x, before = self._input("hidden"), self._input("h"), Launches()
+        if c.predictor_input == "residual":
+            x = self._input("x")
+            before = self._packed(x, c.n_embd, layer.fc1)
+        first = self._product(fc1, x, hidden.x, STORE_RELU)
+        between = self._packed(hidden, fc1.rows, layer.fc2)
+        last = self._product(fc2, hidden, at["scores"], STORE, layer.fc2_bias)
+        return before + first + between + last
+
+    def _compact(self, il: int, slot: int, has_cold: bool, counters: int) -> Launches:
+        c, at = self._plan.config, self._at
+        return _always(
+            _launch(
+                "compact",
+                lambda n: (n,),
+                scores=at["scores"] if self._plan.mode == "predicted" else 0,
+                **{name: at[name] for name in ("thresholds", "rows", "mask", "list", "fired")},
+                n_tok=at["counts"],
+                slot=slot,
+                n_list=at["listed"],
+                cold=at["cold"] if has_cold else 0,
+                n_cold=0,
+                counters=counters,
+                n_ff=c.n_ff,
+                n_layer=c.n_layer,
+                il=il,
+            )
+        )
+
+    def _counters(self, il: int) -> int:
+        return self._at["counted"] + 8 * self._plan.buffers.counts.shape[1] * il
+
+    def _neurons(
+        self, il: int, layer: Layer, place: LayerPlacement, slot: int
+    ) -> tuple[Launches, Launches]:
+        """Return the launches of a layer's resident neurons, and those that add them up."""
+        c, at, n = self._plan.config, self._at, place.slots
+        rows, has_cold = Launches(), n < place.n_blocks
+        if n:
+            neuron_of = self._load.array(np.arange(n, dtype=np.int32))
+            rows = self._rows(il, layer, slot, neuron_of, n)
+            if layer.down is not None:  # the standard layout: all neurons are there
+                if c.n_ff % BLOCK:  # act in whole blocks would not be rows for a product
+                    rows = Launches(rows.one, rows.one)
+                act = self._input("act")
+                product = self._product(
+                    self._load.matrix(layer.down), act, at["x"], ADD, layer.down_bias
+                )
+                return rows, self._packed(act, c.n_ff, layer.down) + product
+            rows += self._down(layer, slot, neuron_of, n)
+        adding = {
+            **{name: at[name] for name in ("counts", "x")},
+            "parts": at["down_parts"],
+            "bias": self._load.floats(layer.down_bias),
+            "other": at["host_part"] if has_cold else 0,
+            "n": c.n_embd,
+        }
+
+        def add(n_parts: int) -> Launch:
+            grid, stride = _parts(c.n_embd, 256), c.n_embd
+            number = n_parts if n else 0
+            return _launch(
+                "add_parts", lambda n: (grid, n), n_parts=number, part_stride=stride, **adding
+            )
+
+        return rows, Launches([add(DOWN_SPLITS)], [add(1)])
+
+    def _rows(self, il: int, layer: Layer, slot: int, neuron_of: int, n_blocks: int) -> Launches:
+        """act of the resident neurons: by one kernel, or one for each of two formats."""
+        c, at, h, load = self._plan.config, self._at, self._input("h"), self._load
+        decider, up = load.matrix(layer.decider, blocks=n_blocks), _NOTHING
+        if layer.up is not None:
+            up = load.matrix(layer.up, blocks=n_blocks)
+        passes = [(decider, up, decider.suffix)]
+        if up.suffix not in ("", decider.suffix):
+            passes = [(decider, _NOTHING, decider.suffix), (_NOTHING, up, up.suffix)]
+        biases = {
+            "decider_bias": load.floats(layer.decider_bias),
+            "up_bias": load.floats(layer.up_bias),
+        }
+        launches = Launches()
+        for gate, factor, suffix in passes:
+            values = {
+                "decider": gate,
+                "up": factor,
+                "x": h.x,
+                "x_packed": h.packed,
+                "act": at["act"],
+                "fired": at["fired"],
+                "counters": self._counters(il) if factor is up else 0,
+                "n_ff": c.n_ff,
+                "activation": ACTIVATIONS.index(c.activation),
+                "threshold": c.activation_threshold,
+                **biases,
+            }
+            one = _launch(
+                f"ffn_rows_{suffix}",
+                lambda n: (min(_parts(n_blocks * BLOCK, 8), _ROW_BLOCKS), n),
+                slot=slot,
+                list=at["list"],
+                n_list=at["listed"],
+                **values,
+            )
+            many = _launch(
+                f"ffn_rows_gemm_{suffix}",
+                lambda n: (n_blocks, _parts(n, 32)),
+                n_tok=at["counts"],
+                mask=at["mask"],
+                block_neuron=neuron_of,
+                first_block=0,
+                n_blocks=n_blocks,
+                **values,
+            )
+            launches += Launches([one], [many])
+        return launches
+
+    def _down(self, layer: Layer, slot: int, neuron_of: int, n_blocks: int) -> Launches:
+        """down_parts = the resident neurons' sum, in DOWN_SPLITS parts for one token."""
+        c, at = self._plan.config, self._at
+        assert layer.down_t is not None
+        down = self._load.matrix(layer.down_t, blocks=n_blocks)
+        unit = 32 * _UNITS[down.suffix]
+        one = _launch(
+            f"ffn_down_{down.suffix}",
+            lambda n: (_parts(c.n_embd, unit), DOWN_SPLITS, n),
+            down_t=down,
+            slot=slot,
+            list=at["list"],
+            n_list=at["listed"],
+            act=at["act"],
+            parts=at["down_parts"],
+            n_ff=c.n_ff,
+        )
+        many = _launch(
+            f"ffn_down_gemm_{down.suffix}",
+            lambda n: (_parts(c.n_embd, 64), _parts(n, 32)),
+            down_t=down,
+            act=at["act"],
+            n_tok=at["counts"],
+            y=at["down_parts"],
+            block_neuron=neuron_of,
+            first_block=0,
+            n_blocks=n_blocks,
+            n_ff=c.n_ff,
+            op=STORE,
+        )
+        return Launches([one], [many])

@@ -1,0 +1,196 @@
+"""gemv.cu and gemm.cu in the simulator against NumPy: odd sizes, every format, planted faults."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+from cuda_case import launch
+from cuda_operands import FORMATS, Inputs, Weights, close_enough, only, product
+from cusim.sim import SimError, load, unavailable
+
+pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+
+STORE, ADD, STORE_RELU = range(3)
+GRIDS = {
+    "gemv": lambda rows, n_tok: (-(-rows // 8), n_tok),
+    "gemm": lambda rows, n_tok: (-(-rows // 64), -(-n_tok // 32)),
+}
+COLS = {
+    "q4_0": (32, 96, 320, 2080),
+    "q8_0": (32, 96, 320, 1056),
+    "q6_k": (256, 768, 2304),
+    "f16": (7, 33, 64, 1100),
+    "f32": (7, 33, 64, 520),
+}
+
+
+@cache
+def simulator(kind, check=False):
+    return load(f"{kind}.cu", check=check)
+
+
+class Product:
+    """One launch of y (op) w . x + bias: `run` returns y, `expected` is what it should be."""
+
+    def __init__(self, sim, kind, suffix, rows, cols, n_tok, op=STORE, has_bias=False, seed=0):
+        rng = np.random.default_rng(seed)
+        self.sim, self.kernel = sim, f"{kind}_{suffix}"
+        self.grid, self.n_tok = GRIDS[kind](rows, n_tok), n_tok
+        w = Weights(rng, suffix, rows, cols)
+        self.x = rng.standard_normal((n_tok, cols), np.float32)
+        inputs = Inputs(sim, w.type, self.x)
+        bias = rng.standard_normal(rows, np.float32) if has_bias else None
+        # Wider than rows: what is beyond them is somebody else's.
+        self.before = rng.standard_normal((n_tok, rows + 3), np.float32)
+        self.fields = {
+            "w": w.matrix(sim),
+            **inputs.fields,
+            "bias": None if bias is None else sim.array(bias, "bias"),
+            "y_stride": rows + 3,
+            "op": op,
+        }
+        if kind == "gemm":
+            self.fields["n_tok"] = sim.array(np.array([n_tok], np.int32), "n_tok")
+        y = product(inputs.values, w.values) + (0 if bias is None else bias)
+        if op == ADD:
+            y += self.before[:, :rows]
+        self.expected = self.before.astype(np.float64)
+        self.expected[:, :rows] = np.maximum(y, 0) if op == STORE_RELU else y
+
+    def run(self, **changed):
+        y = self.sim.array(self.before, "y")
+        launch(self.sim, self.kernel, self.grid, **{**self.fields, "y": y, **changed})
+        return y.numpy()
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("kind", GRIDS)
+def test_products(kind, suffix):
+    seed = 0
+    for cols in COLS[suffix]:
+        for rows, n_tok in ((1, 1), (7, 3), (65, 1), (130, 33 if kind == "gemm" else 2)):
+            seed += 1
+            case = Product(
+                simulator(kind), kind, suffix, rows, cols, n_tok, seed % 3, seed % 2 == 0, seed
+            )
+            close_enough(case.run(), case.expected)
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_a_thousand_rows(kind):
+    case = Product(simulator(kind), kind, "q4_0", 1000, 320, 3 if kind == "gemv" else 65)
+    close_enough(case.run(), case.expected)
+
+
+@pytest.mark.parametrize("n_tok", [1, 3, 7, 64, 65, 512])
+def test_gemm_takes_any_number_of_tokens(n_tok):
+    case = Product(simulator("gemm"), "gemm", "q8_0", 70, 160, n_tok)
+    close_enough(case.run(), case.expected)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_token_does_not_depend_on_the_others(suffix):
+    sim, cols = simulator("gemm"), COLS[suffix][-1]
+    case = Product(sim, "gemm", suffix, 65, cols, 35)
+    alone = case.run()
+    # The same number of blocks, fewer tokens: the rest of y stays as it was.
+    fewer = case.run(n_tok=sim.array(np.array([2], np.int32), "n_tok"))
+    assert np.array_equal(fewer[:2], alone[:2])
+    assert np.array_equal(fewer[2:], case.before[2:])
+    # Other neighbours, other places.
+    order = np.random.default_rng(1).permutation(35)
+    moved = case.run(**Inputs(sim, FORMATS[suffix], case.x[order]).fields)
+    assert np.array_equal(moved[:, :65], alone[order, :65])
+
+
+def test_results_do_not_depend_on_the_order_of_blocks_and_threads():
+    for kind in GRIDS:
+        case = Product(simulator(kind), kind, "q4_0", 66, 320, 3)
+        y = [case.sim.array(case.before, "y") for _ in range(2)]
+        for seed, out in enumerate(y):
+            args = {**case.fields, "y": out}
+            launch(case.sim, case.kernel, case.grid, order_seed=seed, **args)
+        assert np.array_equal(y[0].numpy(), y[1].numpy())
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("kind", GRIDS)
+def test_check_finds_nothing(kind, suffix):
+    cols = COLS[suffix][0] if suffix in ("f16", "f32") else COLS[suffix][1]
+    case = Product(simulator(kind, check=True), kind, suffix, 67, cols, 3, ADD, True)
+    close_enough(case.run(), case.expected)
+
+
+FAULTS = {
+    # (file, format, cols, text, what it becomes): the kind of fault that the check finds
+    "a row too many": (
+        ("gemv", "q4_0", 96, "rows[r] = min(first + r, p.w.rows - 1)", "rows[r] = first + r"),
+        "out of bounds",
+    ),
+    "a unit too many": (
+        ("gemv", "q8_0", 96, "n_units = units<F>(w.cols);", "n_units = units<F>(w.cols) + 1;"),
+        "out of bounds",
+    ),
+    "a result for a row that is not there": (
+        ("gemv", "f32", 7, "lane_id() < GEMV_ROWS && mine < p.w.rows", "lane_id() < GEMV_ROWS"),
+        "out of bounds",
+    ),
+    "a weight beyond the row": (
+        ("gemm", "f16", 33, "if (8 * unit + i < w.cols) words", "words"),
+        "out of bounds",
+    ),
+    "unaligned rows taken for aligned ones": (
+        ("gemv", "f16", 33, "if (w.cols % 8 == 0) return {load_once((", "return {load_once(("),
+        "misaligned",
+    ),
+    "no barrier before the tile is read": (
+        ("gemm", "q4_0", 320, "(shared.tile);\n        __syncthreads();", "(shared.tile);"),
+        "uninitialised read",
+    ),
+    "no barrier before the tile is written again": (
+        ("gemm", "q4_0", 320, "__syncthreads();  // what was there before has been read", ""),
+        "race",
+    ),
+    "results over a tile that is still being read": (
+        ("gemm", "f32", 33, "sums);\n    }\n    __syncthreads();", "sums);\n    }"),
+        "race",
+    ),
+    "a token too many": (
+        ("gemm", "q8_0", 96, "if (t < n_tok && column < x.cols) {", "if (column < x.cols) {"),
+        "out of bounds",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_check_finds_planted_faults(name):
+    (kind, suffix, cols, text, becomes), fault = FAULTS[name]
+    replace = {text: becomes, **only(suffix, kind.upper())}
+    sim = load(f"{kind}.cu", check=True, replace=replace)
+    case = Product(sim, kind, suffix, 67, cols, 3, ADD, True)
+    with pytest.raises(SimError) as error:
+        case.run()
+    assert error.value.kind == fault
+
+
+# Faults that break no rule: only a comparison finds them.
+WRONG = {
+    "offset of q4_0": ("gemv", "q4_0", 96, "(q[i] & 0x0f0f0f0fu, 8)", "(q[i] & 0x0f0f0f0fu, 7)"),
+    "group of q6_k": ("gemm", "q6_k", 256, "16 * (group % 2) + 8 * w.part", "16 * (group % 2)"),
+    "scale of a token": (
+        "gemm", "q4_0", 96, "token_scales[my_token(j)][first / 2]", "token_scales[my_token(j)][0]",
+    ),
+    "a lane's units": (
+        "gemv", "f32", 520,
+        "unit = first + i * WARP;\n            if", "unit = first + i;\n            if",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_comparison_finds_planted_faults(name):
+    kind, suffix, cols, text, becomes = WRONG[name]
+    sim = load(f"{kind}.cu", replace={text: becomes, **only(suffix, kind.upper())})
+    case = Product(sim, kind, suffix, 67, cols, 3)
+    with pytest.raises(AssertionError):
+        close_enough(case.run(), case.expected)

@@ -1,0 +1,578 @@
+"""The CUDA backend on the fake device: as the CPU's, whatever lives where and whatever is late."""
+
+import contextlib
+import dataclasses
+import faulthandler
+import functools
+import os
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import tiny
+from conftest import convert, kl
+from cusim import sim
+from fake_device import FakeDevice, FakeStream, simulator
+from powerinfer.predictors.capture import capture
+from powerinfer.predictors.measure import measure
+from powerinfer.predictors.order import Changes, rewrite
+from powerinfer.predictors.profile import Firing, profile
+from powerinfer.runtime import reference
+from powerinfer.runtime.cache import Sequence
+from powerinfer.runtime.config import RunOptions
+from powerinfer.runtime.cuda import choose, detect, operators, tape
+from powerinfer.runtime.cuda import device as seam
+from powerinfer.runtime.cuda.device import DeviceError
+from powerinfer.runtime.engine import Engine
+from powerinfer.runtime.errors import RequestError
+from powerinfer.runtime.formats import INTEGER_DOT, GGMLType, encode
+from powerinfer.runtime.gguf import GGUFFile, Value
+from powerinfer.runtime.gguf_writer import GGUFWriter
+from powerinfer.runtime.model import Watcher, forward
+from powerinfer.runtime.plan import Rates, place
+
+pytestmark = pytest.mark.skipif(bool(sim.unavailable()), reason=sim.unavailable())
+
+IDS = tiny.token_ids()
+RATES = Rates(gpu=1e12, cpu=3e10, link=2e-5)
+FOUND = detect.Found((detect.FoundGPU(0, "a fake GPU", 1 << 30, (8, 9)),), (13, 0))
+KINDS = {  # model, share of the neurons on the GPU, layers there
+    "llama": ("gqa", 0.3, 2),
+    "llama, all": ("gqa", 1.0, 2),
+    "falcon 7b": ("falcon7", 0.7, 2),
+    "falcon 40b": ("falcon40", 0.3, 2),
+    "falcon, one layer": ("falcon40", 0.7, 1),
+    "opt": ("opt", 0.3, 2),
+    "opt, all": ("opt", 1.0, 2),
+    "drelu": ("bamboo", 0.5, 2),
+    "no neurons": ("mha", 0.0, 2),
+    "biases, one layer": ("bias", 0.5, 1),
+    "tied": ("tied", 0.3, 2),
+    "fatrelu": ("prosparse", 0.5, 2),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    """Compiled once, and not in the time of a test."""
+    return simulator()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_gguf, tmp_path_factory):
+    """(name, type, predictors, keys) -> a tiny model stored hot-first."""
+    made = {}
+
+    def make(name, outtype, predictors=True, **keys):
+        key = (name, outtype, predictors, *keys)
+        if key not in made:
+            shape, rng = tiny.MODELS[name], np.random.default_rng(1)
+            frequencies = [rng.random(shape.n_ff, np.float32) for _ in range(shape.n_layer)]
+            orders = [np.argsort(-f, kind="stable").astype(np.int32) for f in frequencies]
+            changes = Changes(Firing(None, orders, frequencies), keys=keys)
+            made[key] = tmp_path_factory.mktemp("hybrid") / f"{name}.{outtype}.gguf"
+            rewrite(tiny_gguf(name, outtype, predictors), made[key], changes)
+        return made[key]
+
+    return make
+
+
+def on_gpu(share, n_layer, spare=None):
+    """Return what stands in for choose.place: this share of the neurons of the first layers.
+
+    `spare`: bytes of the budget beyond what that takes without the embedding; None: all it takes.
+    """
+
+    def chosen(model, plan, options, device):
+        sizes = choose.sizes(model, plan)
+        layers = sizes.layers[:n_layer]
+        slots = [round(share * layer.n_blocks) // layer.step * layer.step for layer in layers]
+        placement = place(sizes, RATES, slots, len(plan.rope))
+        if spare is not None:
+            budget = placement.used - placement.bytes["embedding"] + spare
+            placement = place(sizes, RATES, slots, len(plan.rope), budget)
+        return placement
+
+    return chosen
+
+
+@contextlib.contextmanager
+def hybrid(path, where, device=None, **options):
+    """Open a model on a fake device; `where`: see on_gpu. What it allocates is in the budget."""
+    device = device or FakeDevice(eagerness=0.5)
+    options = {"threads": 2, "context": 96, "chunk": 64, **options}
+    with (
+        mock.patch.object(choose, "open_device", lambda number, notify: device),
+        mock.patch.object(choose, "place", where),
+        mock.patch.object(detect, "find", lambda: FOUND),
+    ):
+        engine = Engine(path, RunOptions(**options))
+    with engine:
+        yield engine
+        assert engine.backend == "cuda"
+        placement = engine._ops.placement
+        assert device.peak == placement.slab <= placement.used <= placement.budget
+    assert device.live == 0 or device.lost
+
+
+def on_cpu(path, **options):
+    options = {"backend": "cpu", "threads": 2, "context": 96, "chunk": 64, **options}
+    return Engine(path, RunOptions(**options))
+
+
+def relative(a, b):
+    return float(np.abs(a - b).max() / b.std())
+
+
+def close_enough(ours, cpus, outtype):
+    """What differs is the order of sums; and, with integers, what falls on the edge of two steps.
+
+    See test_model.test_cpu_equals_reference. On the way here KL is at most 6e-6.
+    """
+    if outtype in ("f32", "f16"):
+        assert relative(ours, cpus) < 1e-4
+    else:
+        assert kl(cpus, ours) < 1e-4
+
+
+def same_reading(ours, cpu, ids, outtype):
+    """Assert that both compute the same, logits of all tokens, and count the same."""
+    logits = np.empty((2, len(ids), tiny.N_VOCAB), np.float32)
+    counts = ours.read(ids, logits[0]), cpu.read(ids, logits[1])
+    close_enough(*logits, outtype)
+    np.testing.assert_allclose(*counts, rtol=0 if outtype in ("f32", "f16") else 0.02)
+
+
+# ---- what it computes ----
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_the_cpu(kind, outtype, model):
+    name, share, n_layer = KINDS[kind]
+    path = model(name, outtype)
+    options = {"kv_type": "f32"}
+    with hybrid(path, on_gpu(share, n_layer), **options) as ours, on_cpu(path, **options) as cpu:
+        assert ours._ops.placement.is_everything == (share == 1)
+        same_reading(ours, cpu, IDS, outtype)
+        written = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
+        tokens = list(ours.generate_tokens(IDS[:40], **written))
+        gaps = np.sort(cpu.logits(IDS[:40] + tokens)[39:-1], axis=-1)
+        for i, token in enumerate(cpu.generate_tokens(IDS[:40], **written)):
+            if gaps[i, -1] - gaps[i, -2] < 0.02:  # nearly a tie: both go on as they like
+                break
+            assert token == tokens[i]
+        assert ours.timings.fired_share == pytest.approx(cpu.timings.fired_share, rel=0.02)
+
+
+@pytest.mark.parametrize("outtype", ["f32", "q8_0"])
+@pytest.mark.parametrize("mode", ["exact", "dense"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama, all", "falcon 40b", "drelu", "biases, one layer"]
+)
+def test_without_predictors(kind, mode, outtype, model):
+    name, share, n_layer = KINDS[kind]
+    path = model(name, outtype)
+    options = {"kv_type": "f32", "mode": mode}
+    with hybrid(path, on_gpu(share, n_layer), **options) as ours, on_cpu(path, **options) as cpu:
+        for ids in (IDS[:20], IDS[:1]):
+            same_reading(ours, cpu, ids, outtype)
+
+
+@pytest.mark.parametrize("n_ff", [96, 128])  # not in whole blocks of 64, and in such
+@pytest.mark.parametrize("share", [0, 1])
+def test_standard_layout_of_down(share, n_ff, small_tokenizer, tmp_path):
+    shape = dataclasses.replace(tiny.MODELS["bias"], activation="silu", n_ff=n_ff)
+    folder = tiny.write_checkpoint(shape, tmp_path / "checkpoint")
+    (folder / "tokenizer.model").write_bytes(small_tokenizer.read_bytes())
+    for outtype in ("f32", "q8_0"):
+        path = convert(folder, tmp_path / f"{outtype}.gguf", outtype, dense=True)
+        options = {"kv_type": "f32"}
+        with hybrid(path, on_gpu(share, 2), **options) as ours, on_cpu(path, **options) as cpu:
+            for ids in (IDS[:20], IDS[:1]):
+                same_reading(ours, cpu, ids, outtype)
+
+
+@pytest.mark.parametrize("type_", ["q6_k", "q5_0", "q5_1", "bf16"])
+def test_other_formats(type_, wide_gguf, tmp_path):
+    """Q6_K has its kernels; the others become what the device has."""
+    rng = np.random.default_rng(1)
+    frequencies = [rng.random(tiny.WIDE.n_ff, np.float32) for _ in range(2)]
+    orders = [np.argsort(-f, kind="stable").astype(np.int32) for f in frequencies]
+    path = tmp_path / "x.gguf"
+    rewrite(wide_gguf(type_), path, Changes(Firing(None, orders, frequencies)))
+    share, backend = (1, "numpy") if type_ == "q5_0" else (0.5, "cpu")
+    with (
+        # Where all is Q8_0, it meets rounded activations, unlike Q5_0 on the CPU.
+        mock.patch.object(reference, "INTEGER_DOT", {*INTEGER_DOT, GGMLType.Q5_0}),
+        hybrid(path, on_gpu(share, 2)) as ours,
+        on_cpu(path, backend=backend) as cpu,
+    ):
+        for ids in (IDS[:9], IDS[:1]):
+            close_enough(ours.logits(ids), cpu.logits(ids), type_)
+
+
+@pytest.mark.parametrize("types", [("f16", "q8_0"), ("q8_0", "f32")])
+def test_gate_and_up_of_two_formats(types, model, tmp_path):
+    """Two kernels do the work of one, and count once."""
+    source, path = GGUFFile(model("gqa", "f32")), tmp_path / "x.gguf"
+    wanted = dict(zip(("ffn_gate.weight", "ffn_up.weight"), types, strict=True))
+    of = {
+        t.name: GGMLType[wanted.get(t.name.split(".", 2)[-1], t.type.name).upper()]
+        for t in source.tensors.values()
+    }
+    with GGUFWriter(path, "llama") as writer:
+        for key, value in source.metadata.items():
+            if key != "general.architecture":
+                writer.add(key, value)
+        for t in source.tensors.values():
+            writer.declare(t.name, of[t.name], t.shape)
+        for t in source.tensors.values():
+            is_same = of[t.name] is t.type
+            writer.write(t.name, t.data if is_same else encode(of[t.name], t.float32()))
+    with hybrid(path, on_gpu(0.7, 2)) as ours, on_cpu(path) as cpu:
+        for ids in (IDS[:9], IDS[:1]):
+            same_reading(ours, cpu, ids, "q8_0")
+
+
+def test_chunks_and_neighbours_change_nothing(model):
+    path, where = model("gqa", "q8_0"), on_gpu(0.5, 2)
+    with hybrid(path, where, chunk=64, sequences=3) as llm:
+        whole = llm.logits(IDS)
+        texts = [(Sequence(), IDS[:7]), (Sequence(), IDS[20:37]), (Sequence(), IDS[5:7])]
+        ends = np.cumsum([len(ids) for _, ids in texts])
+        together = [llm.feed(texts, range(ends[-1]), llm.no_counts())]
+        for i in range(2):  # and on, a token each: all are alone of their texts
+            more = [(text, [IDS[30 + i]]) for text, _ in texts]
+            together.append(llm.feed(more, range(3), llm.no_counts()))
+        for (text, ids), end, first in zip(texts, ends, range(3), strict=True):
+            llm.release(text)
+            alone = llm.logits([*ids, *IDS[30:32]])
+            assert np.array_equal(together[0][end - len(ids) : end], alone[:-2])
+            for i in range(2):
+                close_enough(together[1 + i][first][None], alone[len(ids) + i][None], "q8_0")
+    with hybrid(path, where, chunk=7) as llm:
+        assert np.array_equal(llm.logits(IDS), whole)
+    with hybrid(path, where, chunk=1) as llm:  # another order of sums
+        close_enough(llm.logits(IDS), whole, "q8_0")
+
+
+@pytest.mark.parametrize(
+    ("share", "spare", "is_there"), [(1, None, True), (1, 0, False), (0.5, 1 << 20, False)]
+)
+def test_embedding_on_either_side(share, spare, is_there, model):
+    path = model("opt", "q4_0")
+    with hybrid(path, on_gpu(share, 2, spare)) as ours, on_cpu(path) as cpu:
+        assert ours._ops.placement.has_embedding == is_there
+        close_enough(ours.logits(IDS[:9]), cpu.logits(IDS[:9]), "q4_0")
+
+
+# ---- the order of things ----
+
+
+def decoded(engine, n=3):
+    """Return the logits [1 + n, n_vocab] after a prompt, and after each of the tokens fed then."""
+    sequence, counts = Sequence(), engine.no_counts()
+    try:
+        rows = [engine.feed([(sequence, IDS[:9])], [8], counts)]
+        rows += [engine.feed([(sequence, [token])], [0], counts) for token in IDS[9 : 9 + n]]
+    finally:
+        engine.release(sequence)
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama, all", "falcon, one layer"])
+def test_graphs_equal_what_they_were_made_of(kind, model):
+    name, share, n_layer = KINDS[kind]
+    with hybrid(model(name, "q4_0"), on_gpu(share, n_layer)) as llm:
+        replayed = decoded(llm)
+        llm._decode = lambda: forward(llm._plan, llm._ops)
+        assert np.array_equal(decoded(llm), replayed)
+
+
+@pytest.mark.parametrize("name", ["gqa", "falcon40"])
+def test_any_interleaving_gives_the_same(name, model):
+    path, found = model(name, "q4_0"), []
+    for seed in range(25):  # of each of two models
+        device = FakeDevice(seed, eagerness=seed / 25)
+        with hybrid(path, on_gpu(0.5, 1), device) as llm:
+            found.append(decoded(llm))
+    assert all(np.array_equal(x, found[0]) for x in found)
+
+
+class Recorder(Watcher):
+    """Keeps what it is shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def after_ffn(self, ops, il):
+        b, n = ops.plan.buffers, ops.plan.step.n_tok
+        self.seen += [x[:n].copy() for x in (b.x, b.h, b.scores, b.mask, b.fired)]
+        self.seen.append(np.where(b.fired[:n] != 0, b.act[:n], 0))
+
+
+def everything(path, device, interrupts):
+    """Return what an engine gives that is watched, and interrupted at polls of those numbers."""
+    recorder = Recorder()
+    with hybrid(path, on_gpu(0.5, 1), device) as llm:
+        with llm.watched(recorder):
+            results = [decoded(llm, 1)]
+        for number in interrupts:
+            device.interrupt_at = device.n_polls + number
+            with contextlib.suppress(KeyboardInterrupt):
+                decoded(llm, 1)
+            device.interrupt_at = -1  # where all was done before
+            results.append(decoded(llm, 1))
+    return results + recorder.seen
+
+
+WAITS = {  # in which method which wait is left out
+    "for what the CPU's neurons need": (operators.CUDA, "ffn", tape.Tape, "wait"),
+    "for x of the CPU's layers": (operators.CUDA, "_layer", tape.Tape, "wait"),
+    "before watchers look": (operators.CUDA, "show", tape.Tape, "wait"),
+    "for logits": (operators.CUDA, "finish", FakeStream, "synchronize"),
+    "after an interruption": (operators.CUDA, "_begin", FakeStream, "synchronize"),
+    "for the last weights": (seam.Uploader, "finish", FakeStream, "synchronize"),
+    "for a staging buffer": (seam.Uploader, "_room", seam, "wait_until"),
+}
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    """Note in which of WAITS's methods we are; and stage weights in small pieces."""
+    methods = []
+
+    def noting(owner, name):
+        real = getattr(owner, name)
+
+        def method(*args, **kwargs):
+            methods.append(name)
+            try:
+                return real(*args, **kwargs)
+            finally:
+                methods.pop()
+
+        monkeypatch.setattr(owner, name, method)
+
+    for owner, name, _, _ in WAITS.values():
+        noting(owner, name)
+    small = functools.partial(seam.Uploader, nbytes=5000)
+    monkeypatch.setattr(operators, "Uploader", small)
+    return methods
+
+
+INTERRUPTS = range(1, 60, 7)
+
+
+def survives(is_right):
+    """Return what a function does in a child process, False if it fails there.
+
+    Kernels that are given nonsense may bring their process down.
+    """
+    child = os.fork()
+    if not child:
+        faulthandler.disable()
+        with contextlib.suppress(BaseException):
+            os._exit(0 if is_right() else 1)
+        os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("left_out", WAITS)
+def test_every_wait_is_needed(left_out, model, inside, monkeypatch):
+    path = model("gqa", "f16")
+    _, method, owner, name = WAITS[left_out]
+    interrupts = INTERRUPTS if method == "_begin" else ()
+    right = everything(path, FakeDevice(), interrupts)
+    for x, y in zip(everything(path, FakeDevice(1, 0.9), interrupts), right, strict=True):
+        assert np.array_equal(x, y)
+    real = getattr(owner, name)
+
+    def wait(*args, **kwargs):
+        return None if method in inside else real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wait)
+
+    def is_right(device):
+        found = everything(path, device, interrupts)  # or memory is nobody's any more
+        return all(np.array_equal(x, y) for x, y in zip(found, right, strict=True))
+
+    late = [functools.partial(is_right, FakeDevice(*how)) for how in ((0, 0), (1, 0.5))]
+    assert not all(map(survives, late))
+
+
+def test_there_are_no_other_waits(model, inside, monkeypatch):
+    """Wherever the host waits, it is one of those that the test above leaves out."""
+    places = set()
+
+    def noting(owner, name):
+        real = getattr(owner, name)
+
+        def wait(*args, **kwargs):
+            places.add((inside[-1] if inside else "", name))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wait)
+
+    for owner, name in {(owner, name) for _, _, owner, name in WAITS.values()}:
+        noting(owner, name)
+    everything(model("gqa", "f16"), FakeDevice(), (5, 20))
+    assert places == {(method, name) for _, method, _, name in WAITS.values()}
+
+
+# ---- what goes wrong ----
+
+
+def test_ctrl_c_anywhere(model):
+    """Wherever a token is interrupted, the texts after it are as if nothing had been."""
+    for seed, eagerness in ((0, 0), (1, 0.7)):
+        device = FakeDevice(seed, eagerness)
+        with hybrid(model("gqa", "q4_0"), on_gpu(0.5, 1), device) as llm:
+            right, before = decoded(llm), device.n_polls
+            decoded(llm)
+            n_polls, n_cut = device.n_polls - before, 0
+            for number in range(1, n_polls, n_polls // 9 + 1):
+                device.interrupt_at = device.n_polls + number
+                with pytest.raises(KeyboardInterrupt):
+                    decoded(llm)
+                n_cut += 1
+                assert np.array_equal(decoded(llm), right)
+            assert n_cut > 3
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock by which waiting for a device that hangs takes no time: `device` is to be set."""
+    now = SimpleNamespace(s=0.0, device=None)
+
+    def sleep(seconds):
+        now.s += 7.0 if now.device.n_run >= now.device.hangs_after else 0.0
+
+    fake = SimpleNamespace(monotonic=lambda: now.s, sleep=sleep)
+    monkeypatch.setattr(seam, "time", fake)
+    return now
+
+
+FAULTS = {
+    "fails_after": "^a kernel failed on a fake GPU$",
+    "hangs_after": "does not answer: nothing came back for 60 s$",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_lost_device_is_a_sentence(fault, model, clock):
+    path, where = model("gqa", "q4_0"), on_gpu(0.5, 1)
+    for later in (0, 10, 40, 100):
+        device = clock.device = FakeDevice(later, 0.3)
+        with hybrid(path, where, device) as llm:
+            setattr(device, fault, device.n_run + later)
+            for _ in range(2):
+                with pytest.raises(DeviceError, match=FAULTS[fault]):
+                    for _ in range(3):
+                        decoded(llm)
+        with pytest.raises(RequestError, match="the engine is closed"):
+            decoded(llm)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_device_lost_while_a_model_is_loaded(fault, model, clock):
+    device = clock.device = FakeDevice(eagerness=0.3)
+    setattr(device, fault, 5)
+    with (
+        pytest.raises(DeviceError, match=FAULTS[fault]),
+        hybrid(model("gqa", "q4_0"), on_gpu(0.5, 1), device),
+    ):
+        pass
+
+
+def test_no_memory(model):
+    """Nothing is left on a device that the model did not fit on after all."""
+    device = FakeDevice(memory_total=50_000)
+    with (
+        pytest.raises(DeviceError, match="a fake GPU has no room for"),
+        hybrid(model("gqa", "q4_0"), on_gpu(1, 2), device),
+    ):
+        pass
+    assert device.peak == 0
+    with (
+        mock.patch.object(operators.Builder, "head", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+        hybrid(model("gqa", "q4_0"), on_gpu(1, 2), device := FakeDevice()),
+    ):
+        pass
+    assert device.peak > 0 and device.live == 0
+
+
+# ---- who watches ----
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama, all", "falcon, one layer", "drelu"])
+def test_watchers_see_what_they_see_on_the_cpu(kind, model):
+    name, share, n_layer = KINDS[kind]
+    path = model(name, "f32")
+    for mode, n in (("predicted", 20), ("predicted", 1), ("exact", 20), ("exact", 1)):
+        seen = []
+        for engine in (hybrid(path, on_gpu(share, n_layer), mode=mode), on_cpu(path, mode=mode)):
+            recorder = Recorder()
+            with engine as llm, llm.watched(recorder):
+                llm.read(IDS[:n])
+            seen.append(recorder.seen)
+        for i, (ours, cpus) in enumerate(zip(*seen, strict=True)):
+            if mode == "predicted" or i % 6 not in (2, 3):  # else scores, mask
+                np.testing.assert_allclose(ours, cpus, rtol=0, atol=1e-4 * max(cpus.std(), 1e-3))
+
+
+def test_masks_can_be_changed(model):
+    class All(Watcher):
+        def before_ffn(self, ops, il):
+            ops.plan.buffers.mask[: ops.plan.step.n_tok] = 1
+
+    path, where = model("falcon7", "f32"), on_gpu(0.7, 1)
+    with hybrid(path, where, mode="exact") as llm:
+        exact = llm.logits(IDS[:20]), llm.logits(IDS[:1])
+    with hybrid(path, where) as llm:
+        assert relative(llm.logits(IDS[:20]), exact[0]) > 0.01
+        with llm.watched(All()):
+            assert np.array_equal(llm.logits(IDS[:20]), exact[0])
+            assert np.array_equal(llm.logits(IDS[:1]), exact[1])
+
+
+def test_profile_capture_and_measure(model, tmp_path):
+    path, where, texts = model("gqa", "f32"), on_gpu(0.7, 1), [IDS[:20], IDS[20:30]]
+    found = []
+    for side, engine in (
+        ("gpu", functools.partial(hybrid, path, where)),
+        ("cpu", functools.partial(on_cpu, path)),
+    ):
+        with engine(mode="exact") as llm:
+            frequencies = profile(llm, texts, "test").frequencies
+            (tmp_path / side).mkdir()
+            layers = capture(llm, texts, tmp_path / side)
+        with engine() as llm:
+            quality = measure(llm, texts)
+        found.append((frequencies, layers, quality))
+    (ours, our_layers, our_quality), (cpus, cpu_layers, cpu_quality) = found
+    assert np.array_equal(ours, cpus)
+    for a, b in zip(our_layers, cpu_layers, strict=True):
+        np.testing.assert_allclose(a.inputs, b.inputs, rtol=1e-2, atol=1e-3)
+        assert np.array_equal(a.bits, b.bits)
+        np.testing.assert_allclose(a.effects, b.effects, rtol=1e-2, atol=1e-3)
+    assert our_quality.layers == cpu_quality.layers
+    assert our_quality.perplexity.mean == pytest.approx(cpu_quality.perplexity.mean, rel=1e-4)
+
+
+@pytest.mark.parametrize("outtype", ["f32", "q8_0"])
+def test_thresholds_adapt(outtype, model):
+    keys = {"powerinfer.calibration.target_recall": Value.of(0.9)}
+    path, found = model("gqa", outtype, **keys), []
+    for engine in (hybrid(path, on_gpu(0.5, 1)), on_cpu(path)):
+        with engine as llm:
+            adapter = llm.adapter()
+            before = adapter.thresholds.copy()
+            counts = llm.read(IDS[:40], adapter=adapter)
+            assert not np.array_equal(before, adapter.thresholds)
+            found.append((adapter.thresholds, counts))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-4)
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=0.01)
