@@ -55,6 +55,15 @@ class Launches:
 
 
 @dataclass(frozen=True)
+class Resident:
+    """A layer's blocks of neurons on the device: what must change for others to be there."""
+
+    slot: int  # address of int32 [blocks of the layer]: place of each, -1: on the CPU
+    neuron_of: int  # address of int32 [places]: the block in each
+    matrices: tuple[tuple[DeviceMatrix, Tensor], ...]  # decider, up, down_t: there, in the file
+
+
+@dataclass(frozen=True)
 class LayerLaunches:
     """The operators of a layer."""
 
@@ -68,7 +77,7 @@ class LayerLaunches:
     ffn: Launches  # the resident neurons
     ffn_add: Launches  # what they came to, and the CPU's part
     has_cold: bool  # whether there is a part of the CPU's
-    slot: int  # address of the slot table, int32 [blocks]
+    resident: Resident
 
 
 @dataclass(frozen=True)
@@ -109,23 +118,23 @@ class Builder:
         at, load, layer = self._at, self._load, self._plan.weights.layers[il]
         cache_bytes = self._plan.cache.k[il].nbytes
         cache = {"k_cache": load.take(cache_bytes), "v_cache": load.take(cache_bytes)}
-        has_cold, slot = place.slots < place.n_blocks, load.array(place.slot_table())
+        has_cold, resident = place.slots < place.n_blocks, self._resident(layer, place)
         is_predicted = self._plan.mode == "predicted"
         a = self._input("a")
         out = self._product(load.matrix(layer.wo), a, at["x"], ADD, layer.bo)
-        neurons, add = self._neurons(il, layer, place, slot)
+        neurons, add = self._neurons(il, layer, place, resident)
         return LayerLaunches(
             qkv=self._qkv(layer, cache),
             attend=self._attend(cache),
             out_add=self._packed(a, layer.wo.cols, layer.wo) + out,
             ffn_norm=self._norm(layer.ffn_norm, layer.ffn_norm_bias, self._input("h")),
             predict=self._predict(layer) if is_predicted else Launches(),
-            compact=self._compact(il, slot, has_cold, self._counters(il)),
-            recompact=self._compact(il, slot, has_cold, 0),
+            compact=self._compact(il, resident.slot, has_cold, self._counters(il), self._heat(il)),
+            recompact=self._compact(il, resident.slot, has_cold, 0, 0),
             ffn=neurons,
             ffn_add=add,
             has_cold=has_cold,
-            slot=slot,
+            resident=resident,
         )
 
     def head(self) -> Launches:
@@ -305,7 +314,7 @@ class Builder:
         last = self._product(fc2, hidden, at["scores"], STORE, layer.fc2_bias)
         return before + first + between + last
 
-    def _compact(self, il: int, slot: int, has_cold: bool, counters: int) -> Launches:
+    def _compact(self, il: int, slot: int, has_cold: bool, counters: int, heat: int) -> Launches:
         c, at = self._plan.config, self._at
         return _always(
             _launch(
@@ -319,6 +328,7 @@ class Builder:
                 cold=at["cold"] if has_cold else 0,
                 n_cold=0,
                 counters=counters,
+                heat=heat,
                 n_ff=c.n_ff,
                 n_layer=c.n_layer,
                 il=il,
@@ -328,15 +338,26 @@ class Builder:
     def _counters(self, il: int) -> int:
         return self._at["counted"] + 8 * self._plan.buffers.counts.shape[1] * il
 
+    def _heat(self, il: int) -> int:
+        """Return where it is counted which blocks are predicted: only where they can be not."""
+        n_blocks = _parts(self._plan.config.n_ff, BLOCK)
+        return self._at["heat"] + 4 * n_blocks * il if self._plan.mode == "predicted" else 0
+
+    def _resident(self, layer: Layer, place: LayerPlacement) -> Resident:
+        """Upload the blocks of neurons that are on the device at first."""
+        load, n = self._load, place.slots
+        slot, neuron_of = load.array(place.slot_table()), load.array(np.arange(n, dtype=np.int32))
+        tensors = [t for t in (layer.decider, layer.up, layer.down_t) if t is not None and n]
+        return Resident(slot, neuron_of, tuple((load.matrix(t, blocks=n), t) for t in tensors))
+
     def _neurons(
-        self, il: int, layer: Layer, place: LayerPlacement, slot: int
+        self, il: int, layer: Layer, place: LayerPlacement, resident: Resident
     ) -> tuple[Launches, Launches]:
         """Return the launches of a layer's resident neurons, and those that add them up."""
         c, at, n = self._plan.config, self._at, place.slots
         rows, has_cold = Launches(), n < place.n_blocks
         if n:
-            neuron_of = self._load.array(np.arange(n, dtype=np.int32))
-            rows = self._rows(il, layer, slot, neuron_of, n)
+            rows = self._rows(il, layer, resident, n)
             if layer.down is not None:  # the standard layout: all neurons are there
                 if c.n_ff % BLOCK:  # act in whole blocks would not be rows for a product
                     rows = Launches(rows.one, rows.one)
@@ -345,7 +366,7 @@ class Builder:
                     self._load.matrix(layer.down), act, at["x"], ADD, layer.down_bias
                 )
                 return rows, self._packed(act, c.n_ff, layer.down) + product
-            rows += self._down(layer, slot, neuron_of, n)
+            rows += self._down(resident, n)
         adding = {
             **{name: at[name] for name in ("counts", "x")},
             "parts": at["down_parts"],
@@ -363,12 +384,11 @@ class Builder:
 
         return rows, Launches([add(DOWN_SPLITS)], [add(1)])
 
-    def _rows(self, il: int, layer: Layer, slot: int, neuron_of: int, n_blocks: int) -> Launches:
+    def _rows(self, il: int, layer: Layer, resident: Resident, n_blocks: int) -> Launches:
         """act of the resident neurons: by one kernel, or one for each of two formats."""
         c, at, h, load = self._plan.config, self._at, self._input("h"), self._load
-        decider, up = load.matrix(layer.decider, blocks=n_blocks), _NOTHING
-        if layer.up is not None:
-            up = load.matrix(layer.up, blocks=n_blocks)
+        matrices = [matrix for matrix, _ in resident.matrices]
+        decider, up = matrices[0], _NOTHING if layer.up is None else matrices[1]
         passes = [(decider, up, decider.suffix)]
         if up.suffix not in ("", decider.suffix):
             passes = [(decider, _NOTHING, decider.suffix), (_NOTHING, up, up.suffix)]
@@ -394,7 +414,7 @@ class Builder:
             one = _launch(
                 f"ffn_rows_{suffix}",
                 lambda n: (min(_parts(n_blocks * BLOCK, 8), _ROW_BLOCKS), n),
-                slot=slot,
+                slot=resident.slot,
                 list=at["list"],
                 n_list=at["listed"],
                 **values,
@@ -404,7 +424,7 @@ class Builder:
                 lambda n: (n_blocks, _parts(n, 32)),
                 n_tok=at["counts"],
                 mask=at["mask"],
-                block_neuron=neuron_of,
+                block_neuron=resident.neuron_of,
                 first_block=0,
                 n_blocks=n_blocks,
                 **values,
@@ -412,17 +432,16 @@ class Builder:
             launches += Launches([one], [many])
         return launches
 
-    def _down(self, layer: Layer, slot: int, neuron_of: int, n_blocks: int) -> Launches:
+    def _down(self, resident: Resident, n_blocks: int) -> Launches:
         """down_parts = the resident neurons' sum, in DOWN_SPLITS parts for one token."""
         c, at = self._plan.config, self._at
-        assert layer.down_t is not None
-        down = self._load.matrix(layer.down_t, blocks=n_blocks)
+        down, _ = resident.matrices[-1]
         unit = 32 * _UNITS[down.suffix]
         one = _launch(
             f"ffn_down_{down.suffix}",
             lambda n: (_parts(c.n_embd, unit), DOWN_SPLITS, n),
             down_t=down,
-            slot=slot,
+            slot=resident.slot,
             list=at["list"],
             n_list=at["listed"],
             act=at["act"],
@@ -436,7 +455,7 @@ class Builder:
             act=at["act"],
             n_tok=at["counts"],
             y=at["down_parts"],
-            block_neuron=neuron_of,
+            block_neuron=resident.neuron_of,
             first_block=0,
             n_blocks=n_blocks,
             n_ff=c.n_ff,
