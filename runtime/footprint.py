@@ -128,6 +128,7 @@ def workspace(
         "cold": ("u1", (n_tok, c.n_ff)),  # the CPU's part of the mask
         "list": ("i4", (n_tok, c.n_ff)),  # of the resident neurons
         "listed": ("i4", (n_tok,)),  # how many
+        "every_slot": ("i4", (neurons // BLOCK,)),  # zeros: a table of slots that lacks none
         "act": ("f4", (n_tok, neurons)),
         # How often neurons of a block have been predicted.
         "heat": ("u4", (c.n_layer if is_predicted else 0, neurons // BLOCK)),
