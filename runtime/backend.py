@@ -33,11 +33,27 @@ class Plan:
     mode: Mode
 
 
+class Residency(Protocol):
+    """Where the neurons are while one text is written: they follow what the text needs."""
+
+    def settle(self) -> None:
+        """Let them move before the next pass; called between passes, but not within a prompt."""
+
+
 class Backend(Protocol):
     """The operators, in the order in which a token meets them."""
 
     name: str
     plan: Plan
+
+    def residency(self) -> Residency | None:
+        """Return what a new text hands to `use`; None where no neurons can move."""
+
+    def use(self, text: Residency | None) -> None:
+        """Run the pass of step with the neurons where a text has them; None: where they began.
+
+        Called before every pass. It changes results only within rounding.
+        """
 
     def embed(self) -> None:
         """x = embedding of each token."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .adapt import Adapter
-from .backend import Backend, Plan
+from .backend import Backend, Plan, Residency
 from .cache import PAGE, KVCache, Sequence
 from .config import SPARSE_ACTIVATIONS, Mode, ModelConfig, RunOptions
 from .errors import ModelError, RequestError
@@ -162,11 +162,12 @@ class Engine:
         outputs: SequenceOf[int],
         counts: Counts,
         adapter: Adapter | None = None,
+        residency: Residency | None = None,
     ) -> F32Array:
         """Run new tokens of some sequences (at most `chunk` tokens) through the model.
 
         Returns the logits [n_out, n_vocab] of the tokens in `outputs`, counted over all chunks;
-        adds what the FFNs computed to `counts`. `adapter`: of the first sequence.
+        adds what the FFNs computed to `counts`. `adapter`, `residency`: of the first sequence.
         """
         plan = self._plan
         out = np.empty((len(outputs), self.config.n_vocab), np.float32)
@@ -181,6 +182,7 @@ class Engine:
             sequence, ids = chunks[0]
             if adapter is not None and adapter.prepare(sequence.length - len(ids), len(ids)):
                 watchers.append(adapter)
+            self._ops.use(residency)
             if plan.step.n_tok == 1 and not watchers:
                 self._decode()
             else:
@@ -316,6 +318,8 @@ class Engine:
         t = Timings(load_s=self.timings.load_s)
         counts, decode_counts = self.no_counts(), self.no_counts()
         adapter = self.adapter()
+        residency = self._ops.residency() if self.options.adapt else None
+        followers = [x for x in (adapter, residency) if x is not None]
         sequence, prompt = self._begin(adapter), text.history.copy()
         try:
             for start in range(0, len(prompt), self.chunk):
@@ -323,11 +327,11 @@ class Engine:
                 is_last = start + self.chunk >= len(prompt) and not text.finish_reason
                 clock = time.perf_counter()
                 outputs = [len(part) - 1] if is_last else []
-                logits = self.feed([(sequence, part)], outputs, counts, adapter)
+                logits = self.feed([(sequence, part)], outputs, counts, adapter, residency)
                 t.prompt_tokens += len(part)
                 t.prompt_s += time.perf_counter() - clock
-            if adapter is not None:
-                adapter.settle()  # not before: how the prompt was cut must not matter
+            for follower in followers:
+                follower.settle()  # not before: how the prompt was cut must not matter
             while not text.finish_reason:
                 token = text.choose(logits[0])
                 if token is None:
@@ -337,9 +341,9 @@ class Engine:
                 if text.finish_reason:
                     return
                 clock = time.perf_counter()
-                logits = self.feed([(sequence, [token])], [0], decode_counts, adapter)
-                if adapter is not None:
-                    adapter.settle()
+                logits = self.feed([(sequence, [token])], [0], decode_counts, adapter, residency)
+                for follower in followers:
+                    follower.settle()
                 t.decode_s += time.perf_counter() - clock
         finally:
             self.release(sequence)

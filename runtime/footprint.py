@@ -69,6 +69,21 @@ def predictor_tensors(layer: Layer) -> list[Tensor]:
     return [t for t in (layer.fc1, layer.fc2, layer.fc2_bias) if t is not None]
 
 
+def neuron_bytes(layer: Layer, n_blocks: int) -> int:
+    """Return what blocks of neurons take on the slab, without a standard down."""
+    return int(_neuron_bytes(layer, np.array([n_blocks]))[0])
+
+
+def _neuron_bytes(layer: Layer, n_blocks: np.ndarray) -> np.ndarray:
+    """Return neuron_bytes() of several numbers of blocks."""
+    total = np.zeros(len(n_blocks), np.int64)
+    for tensor in neuron_tensors(layer):
+        if tensor is not layer.down:
+            for n in planes(tensor.type, BLOCK, tensor.cols):
+                total += -(-n_blocks * n // ALIGNMENT) * ALIGNMENT
+    return total
+
+
 def attention_tensors(layer: Layer) -> list[Tensor]:
     """Return all other tensors: attention, norms, biases of the FFN (for all neurons at once).
 
@@ -113,7 +128,10 @@ def workspace(
         "cold": ("u1", (n_tok, c.n_ff)),  # the CPU's part of the mask
         "list": ("i4", (n_tok, c.n_ff)),  # of the resident neurons
         "listed": ("i4", (n_tok,)),  # how many
+        "every_slot": ("i4", (neurons // BLOCK,)),  # zeros: a table of slots that lacks none
         "act": ("f4", (n_tok, neurons)),
+        # How often neurons of a block have been predicted.
+        "heat": ("u4", (c.n_layer if is_predicted else 0, neurons // BLOCK)),
         "fired": ("u1", (n_tok, c.n_ff)),
         "down_parts": ("f4", (max(DOWN_SPLITS, n_tok), c.n_embd)),
         "host_part": ("f4", (n_tok, c.n_embd)),  # what the CPU adds
@@ -211,7 +229,7 @@ def model_sizes(
         embedding += device_bytes(GGMLType.F32, w.positions.rows, w.positions.cols)
     # A quarter of a layer at most, but room for a block of neurons.
     window = max(min(WINDOW, int(la.hot[-1]) // 4) for la in layers)
-    window = max(window, *(-(-int(la.hot[-1]) // la.n_blocks) for la in layers))
+    window = max(window, *(neuron_bytes(layer, 1) for layer in w.layers))
     return ModelSizes(
         name=c.name,
         mode=mode,
@@ -246,14 +264,11 @@ def _layer_sizes(
     step = 1 if is_sorted and layer.down_t is not None else n_blocks
     slots = np.arange(0, n_blocks + 1, step, dtype=np.int64)
     first = np.minimum(slots * BLOCK, c.n_ff)  # neurons in the first steps
-    hot = np.zeros(len(slots), np.int64)
+    hot = _neuron_bytes(layer, slots)
     on_device, on_host = np.zeros(c.n_ff), np.zeros(c.n_ff)  # bytes read of a neuron
     for tensor, share in _shares(c, layer, mode, firing, factor):
         if tensor is layer.down:
             hot[1:] += device_bytes(tensor.type, tensor.rows, tensor.cols)
-        else:
-            for n in planes(tensor.type, BLOCK, tensor.cols):
-                hot += -(-slots * n // ALIGNMENT) * ALIGNMENT
         on_device += share * (sum(planes(tensor.type, tensor.rows, tensor.cols)) / c.n_ff)
         on_host += share * (tensor.nbytes / c.n_ff)
 

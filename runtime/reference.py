@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Plan
+from .backend import Plan, Residency
 from .cache import PAGE
 from .config import POSITION_OFFSET
 from .formats import INTEGER_DOT, F32Array, U8Array, decode, round_activations
@@ -81,6 +81,12 @@ class Reference:
 
     def close(self) -> None:
         self._decoded.clear()
+
+    def residency(self) -> None:
+        """All neurons are in one place."""
+
+    def use(self, text: Residency | None) -> None:
+        """See residency()."""
 
     def show(self) -> None:
         """All operators work in plan.buffers, and have finished when they return."""

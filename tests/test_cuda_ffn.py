@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 from cuda_case import NOWHERE, launch
-from cuda_ffn import FFN
+from cuda_ffn import BLOCK, FFN
 from cuda_operands import FORMATS, close_enough, only
 from cusim.sim import SimError, load, unavailable
 from powerinfer.runtime.cuda.launches import ACTIVATIONS
@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 
 UNITS = {"q4_0": 32, "q8_0": 16, "q6_k": 64, "f16": 8, "f32": 4}
 IL, N_LAYER = 1, 3
+HEAT = 2**31 - 9  # before: it wraps
 
 
 @cache
@@ -38,6 +39,7 @@ class Run:
         self.act = sim.empty((n_tok, n_ff), np.float32, "act")
         self.parts = sim.empty((DOWN_SPLITS, n_tok, n_embd), np.float32, "parts")
         self.counters = sim.array(np.zeros(4, np.int64), "counters")
+        self.heat = sim.array(np.full(len(ffn.slot), HEAT, np.int32), "heat")
 
     def launch(self, kernel, grid, **fields):
         launch(self.sim, kernel, grid, self.order_seed, **fields)
@@ -58,7 +60,7 @@ class Run:
             "thresholds": self.sim.array(thresholds, "thresholds"),
             "rows": self.sim.array(rows, "rows"),
             "n_tok": self.sim.array(np.array([n_tok], np.int32), "n_tok"),
-            **{name: getattr(self, name) for name in ("slot", "mask", "list", "n_list")},
+            **{name: getattr(self, name) for name in ("slot", "mask", "list", "n_list", "heat")},
             **{name: getattr(self, name) for name in ("cold", "n_cold", "fired", "counters")},
             "n_ff": n_ff,
             "n_layer": N_LAYER,
@@ -96,7 +98,8 @@ class Run:
         return self
 
     def results(self):
-        names = ("mask", "list", "n_list", "cold", "n_cold", "fired", "act", "parts", "counters")
+        names = ("mask", "list", "n_list", "cold", "n_cold", "fired", "act", "parts")
+        names += ("counters", "heat")
         return {name: getattr(self, name).numpy() for name in names}
 
     def check(self):
@@ -125,6 +128,8 @@ class Run:
             assert got["n_list"][t] == len(listed)
             np.testing.assert_array_equal(got["list"][t, : len(listed)], listed)
             assert (got["list"][t, len(listed) :] == -1).all()  # not written
+        in_blocks = np.add.reduceat(ffn.mask.sum(axis=0), np.arange(0, ffn.n_ff, BLOCK))
+        np.testing.assert_array_equal(got["heat"].view(np.uint32) - np.uint32(HEAT), in_blocks)
 
 
 @pytest.mark.parametrize("n_ff", [1, 63, 64, 200, 1024, 1500, 5000])
@@ -142,11 +147,12 @@ def test_compact_takes_all_where_nothing_predicts():
     ffn = FFN(share=1, slots="all")
     assert ffn.mask.all()
     run = Run(simulator(), ffn)
-    run.compact(scores=None, thresholds=None, cold=None, n_cold=None, counters=None)
+    run.compact(scores=None, thresholds=None, cold=None, n_cold=None, counters=None, heat=None)
     got = run.results()
     assert got["mask"].all() and (got["n_list"] == ffn.n_ff).all() and not got["counters"].any()
     assert (got["list"] == np.arange(ffn.n_ff)).all()
     assert (got["cold"] == 0xFF).all() and (got["n_cold"] == -1).all()
+    assert (got["heat"] == HEAT).all()
 
 
 def test_compact_predicts_nothing_of_nan():
@@ -257,6 +263,11 @@ FAULTS = {
         "counters[which] += n",
         "race",
     ),
+    "heat without an atomic": (
+        "atomicAdd(p.heat + from / NEURON_BLOCK, n_hot + n_not)",
+        "((unsigned*)p.heat)[from / NEURON_BLOCK] += n_hot + n_not",
+        "race",
+    ),
     "warps' sums read before all are there": (
         "= y[from + e];\n        __syncthreads();",
         "= y[from + e];",
@@ -285,6 +296,7 @@ WRONG = {
     "more than the threshold": ("p.scores[row + n] >= threshold", "p.scores[row + n] > threshold"),
     "the threshold of another layer": ("p.n_layer + p.il]", "p.n_layer + p.il - 1]"),
     "cold without the mask": ("predicted && !resident;\n", "!resident;\n"),
+    "heat of the resident alone": ("NEURON_BLOCK, n_hot + n_not)", "NEURON_BLOCK, n_hot)"),
     "fired is not cleared": ("p.fired[row + n] = 0;", "p.fired[row + n] = 1;"),
     "the wrong slot": (
         "slot[n / NEURON_BLOCK] * NEURON_BLOCK + n % NEURON_BLOCK",

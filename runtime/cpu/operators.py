@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Plan
+from ..backend import Plan, Residency
 from ..config import POSITION_OFFSET
 from ..formats import BLOCK_SIZES, U8Array
 from ..gguf import Tensor
@@ -321,6 +321,12 @@ class CPU:
             self._captured = outer
         jobs = program(calls)
         return lambda: self.pool.run(jobs)
+
+    def residency(self) -> None:
+        """All neurons are in one place."""
+
+    def use(self, text: Residency | None) -> None:
+        """See residency()."""
 
     def embed(self) -> None:
         self._run(linear.embed, self._embed)

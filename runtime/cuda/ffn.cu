@@ -16,13 +16,14 @@ struct compact_args {
     int* n_cold;              // [n_tok], or null
     unsigned char* fired;     // [n_tok][n_ff], cleared for ffn_rows
     long long* counters;      // [4]: tokens, and rows of the decider on this device
+    int* heat;                // [ceil(n_ff / 64)]: predicted neurons of a block; null: not wanted
     int n_ff;
     int n_layer;
     int il;                   // the layer
 };
 
 // mask[t][n] = scores[t][n] >= thresholds[rows[t]][il]
-// list[t] = the n with mask[t][n] and slot[n / 64] >= 0
+// list[t] = the n with mask[t][n] and slot[n / 64] >= 0; heat, which may wrap, += mask
 // Bytes a token: n_ff * (4 + 3), and 4 a listed neuron.
 //
 // Each warp has an equal run of the neurons. It counts, learns how many the warps before it have
@@ -53,8 +54,14 @@ extern "C" __global__ void __launch_bounds__(1024, 1) compact(const compact_args
             p.fired[row + n] = 0;
             if (p.cold) p.cold[row + n] = predicted && !resident;
         }
-        n_list += __popc(__ballot_sync(ALL_LANES, predicted && resident));
-        n_cold += __popc(__ballot_sync(ALL_LANES, predicted && !resident));
+        const int n_hot = __popc(__ballot_sync(ALL_LANES, predicted && resident));
+        const int n_not = __popc(__ballot_sync(ALL_LANES, predicted && !resident));
+        n_list += n_hot;
+        n_cold += n_not;
+        // 32 neurons are of one block, all resident or none.
+        if (p.heat && lane_id() == 0 && n_hot + n_not) {
+            atomicAdd(p.heat + from / NEURON_BLOCK, n_hot + n_not);
+        }
     }
     if (lane_id() == 0) {
         listed[warp_id()] = n_list;

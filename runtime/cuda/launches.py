@@ -7,7 +7,8 @@ resident neurons. What differs from call to call lies in the device's copy of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,28 @@ class Launches:
 
 
 @dataclass(frozen=True)
+class Resident:
+    """A layer's blocks of neurons on the device: what must change for others to be there."""
+
+    slot: int  # address of int32 [blocks of the layer]: place of each, -1: on the CPU
+    neuron_of: int  # address of int32 [places]: the block in each
+    matrices: tuple[tuple[DeviceMatrix, Tensor], ...]  # decider, up, down_t: there, in the file
+    biases: dict[str, int]  # addresses of decider_bias and up_bias, of all neurons
+
+
+@dataclass(frozen=True)
+class Window:
+    """Blocks of a layer's neurons on the device, resident or passing through; addresses there."""
+
+    il: int
+    n_blocks: int
+    block_neuron: int  # of int32 [n_blocks]: which these are; -1: none
+    matrices: Sequence[DeviceMatrix]  # decider, up, down_t, as far as the layer has them
+    biases: Mapping[str, int]  # as in Resident
+    act: int  # of float32 [n_tok, 64 * n_blocks]
+
+
+@dataclass(frozen=True)
 class LayerLaunches:
     """The operators of a layer."""
 
@@ -68,7 +91,8 @@ class LayerLaunches:
     ffn: Launches  # the resident neurons
     ffn_add: Launches  # what they came to, and the CPU's part
     has_cold: bool  # whether there is a part of the CPU's
-    slot: int  # address of the slot table, int32 [blocks]
+    resident: Resident
+    streamed: LayerLaunches | None  # where the CPU has no part in it (streaming.py)
 
 
 @dataclass(frozen=True)
@@ -109,24 +133,40 @@ class Builder:
         at, load, layer = self._at, self._load, self._plan.weights.layers[il]
         cache_bytes = self._plan.cache.k[il].nbytes
         cache = {"k_cache": load.take(cache_bytes), "v_cache": load.take(cache_bytes)}
-        has_cold, slot = place.slots < place.n_blocks, load.array(place.slot_table())
+        has_cold, resident = place.slots < place.n_blocks, self._resident(layer, place)
         is_predicted = self._plan.mode == "predicted"
         a = self._input("a")
         out = self._product(load.matrix(layer.wo), a, at["x"], ADD, layer.bo)
-        neurons, add = self._neurons(il, layer, place, slot)
-        return LayerLaunches(
+        neurons, add, add_streamed = self._neurons(il, layer, place, resident)
+        launches = LayerLaunches(
             qkv=self._qkv(layer, cache),
             attend=self._attend(cache),
             out_add=self._packed(a, layer.wo.cols, layer.wo) + out,
             ffn_norm=self._norm(layer.ffn_norm, layer.ffn_norm_bias, self._input("h")),
             predict=self._predict(layer) if is_predicted else Launches(),
-            compact=self._compact(il, slot, has_cold, self._counters(il)),
-            recompact=self._compact(il, slot, has_cold, 0),
+            compact=self._compact(il, resident.slot, has_cold, self._counters(il), self._heat(il)),
+            recompact=self._compact(il, resident.slot, has_cold, 0, 0),
             ffn=neurons,
             ffn_add=add,
             has_cold=has_cold,
-            slot=slot,
+            resident=resident,
+            streamed=None,
         )
+        if not has_cold or layer.down_t is None:
+            return launches
+        every = at["every_slot"]
+        streamed = dataclasses.replace(
+            launches,
+            compact=self._compact(il, every, False, self._counters(il), self._heat(il)),
+            recompact=self._compact(il, every, False, 0, 0),
+            ffn_add=add_streamed,
+            has_cold=False,
+        )
+        return dataclasses.replace(launches, streamed=streamed)
+
+    def window(self, window: Window, op: int) -> list[Launch]:
+        """Return what several tokens launch: down_parts (op) what the window's neurons give."""
+        return [*self._window_rows(window), self._window_down(window, op)]
 
     def head(self) -> Launches:
         """Return the launches of the tokens in Step.outputs."""
@@ -305,7 +345,7 @@ class Builder:
         last = self._product(fc2, hidden, at["scores"], STORE, layer.fc2_bias)
         return before + first + between + last
 
-    def _compact(self, il: int, slot: int, has_cold: bool, counters: int) -> Launches:
+    def _compact(self, il: int, slot: int, has_cold: bool, counters: int, heat: int) -> Launches:
         c, at = self._plan.config, self._at
         return _always(
             _launch(
@@ -319,6 +359,7 @@ class Builder:
                 cold=at["cold"] if has_cold else 0,
                 n_cold=0,
                 counters=counters,
+                heat=heat,
                 n_ff=c.n_ff,
                 n_layer=c.n_layer,
                 il=il,
@@ -328,15 +369,39 @@ class Builder:
     def _counters(self, il: int) -> int:
         return self._at["counted"] + 8 * self._plan.buffers.counts.shape[1] * il
 
+    def _heat(self, il: int) -> int:
+        """Return where it is counted which blocks are predicted: only where they can be not."""
+        n_blocks = _parts(self._plan.config.n_ff, BLOCK)
+        return self._at["heat"] + 4 * n_blocks * il if self._plan.mode == "predicted" else 0
+
+    def _resident(self, layer: Layer, place: LayerPlacement) -> Resident:
+        """Upload the blocks of neurons that are on the device at first."""
+        load, n = self._load, place.slots
+        slot, neuron_of = load.array(place.slot_table()), load.array(np.arange(n, dtype=np.int32))
+        tensors = [t for t in (layer.decider, layer.up, layer.down_t) if t is not None and n]
+        return Resident(
+            slot,
+            neuron_of,
+            tuple((load.matrix(t, blocks=n), t) for t in tensors),
+            {
+                "decider_bias": load.floats(layer.decider_bias),
+                "up_bias": load.floats(layer.up_bias),
+            },
+        )
+
     def _neurons(
-        self, il: int, layer: Layer, place: LayerPlacement, slot: int
-    ) -> tuple[Launches, Launches]:
-        """Return the launches of a layer's resident neurons, and those that add them up."""
+        self, il: int, layer: Layer, place: LayerPlacement, resident: Resident
+    ) -> tuple[Launches, Launches, Launches]:
+        """Return the launches of a layer's resident neurons, and those that add them up.
+
+        Those for when the CPU has the others, and for when they have been streamed.
+        """
         c, at, n = self._plan.config, self._at, place.slots
         rows, has_cold = Launches(), n < place.n_blocks
         if n:
-            neuron_of = self._load.array(np.arange(n, dtype=np.int32))
-            rows = self._rows(il, layer, slot, neuron_of, n)
+            matrices = [matrix for matrix, _ in resident.matrices]
+            window = Window(il, n, resident.neuron_of, matrices, resident.biases, at["act"])
+            rows = self._rows(window, resident.slot)
             if layer.down is not None:  # the standard layout: all neurons are there
                 if c.n_ff % BLOCK:  # act in whole blocks would not be rows for a product
                     rows = Launches(rows.one, rows.one)
@@ -344,79 +409,84 @@ class Builder:
                 product = self._product(
                     self._load.matrix(layer.down), act, at["x"], ADD, layer.down_bias
                 )
-                return rows, self._packed(act, c.n_ff, layer.down) + product
-            rows += self._down(layer, slot, neuron_of, n)
+                return rows, self._packed(act, c.n_ff, layer.down) + product, Launches()
+            rows += self._down(window, resident.slot)
         adding = {
             **{name: at[name] for name in ("counts", "x")},
             "parts": at["down_parts"],
             "bias": self._load.floats(layer.down_bias),
-            "other": at["host_part"] if has_cold else 0,
             "n": c.n_embd,
         }
 
-        def add(n_parts: int) -> Launch:
+        def add(n_parts: int, other: int) -> Launch:
             grid, stride = _parts(c.n_embd, 256), c.n_embd
-            number = n_parts if n else 0
-            return _launch(
-                "add_parts", lambda n: (grid, n), n_parts=number, part_stride=stride, **adding
-            )
+            values = {"n_parts": n_parts, "part_stride": stride, "other": other, **adding}
+            return _launch("add_parts", lambda n: (grid, n), **values)
 
-        return rows, Launches([add(DOWN_SPLITS)], [add(1)])
+        other = at["host_part"] if has_cold else 0
+        added = Launches([add(DOWN_SPLITS if n else 0, other)], [add(1 if n else 0, other)])
+        return rows, added, Launches([], [add(1, 0)])
 
-    def _rows(self, il: int, layer: Layer, slot: int, neuron_of: int, n_blocks: int) -> Launches:
-        """act of the resident neurons: by one kernel, or one for each of two formats."""
-        c, at, h, load = self._plan.config, self._at, self._input("h"), self._load
-        decider, up = load.matrix(layer.decider, blocks=n_blocks), _NOTHING
-        if layer.up is not None:
-            up = load.matrix(layer.up, blocks=n_blocks)
+    def _passes(self, w: Window) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield suffixes and arguments of what makes act: one kernel, or one for each format."""
+        c, at, h, decider = self._plan.config, self._at, self._input("h"), w.matrices[0]
+        has_up = self._plan.weights.layers[w.il].up is not None
+        up = w.matrices[1] if has_up else _NOTHING
         passes = [(decider, up, decider.suffix)]
         if up.suffix not in ("", decider.suffix):
             passes = [(decider, _NOTHING, decider.suffix), (_NOTHING, up, up.suffix)]
-        biases = {
-            "decider_bias": load.floats(layer.decider_bias),
-            "up_bias": load.floats(layer.up_bias),
-        }
-        launches = Launches()
         for gate, factor, suffix in passes:
-            values = {
-                "decider": gate,
-                "up": factor,
-                "x": h.x,
-                "x_packed": h.packed,
-                "act": at["act"],
-                "fired": at["fired"],
-                "counters": self._counters(il) if factor is up else 0,
-                "n_ff": c.n_ff,
-                "activation": ACTIVATIONS.index(c.activation),
-                "threshold": c.activation_threshold,
-                **biases,
-            }
-            one = _launch(
+            yield (
+                suffix,
+                {
+                    "decider": gate,
+                    "up": factor,
+                    "x": h.x,
+                    "x_packed": h.packed,
+                    "act": w.act,
+                    "fired": at["fired"],
+                    "counters": self._counters(w.il) if factor is up else 0,
+                    "n_ff": c.n_ff,
+                    "activation": ACTIVATIONS.index(c.activation),
+                    "threshold": c.activation_threshold,
+                    **w.biases,
+                },
+            )
+
+    def _rows(self, w: Window, slot: int) -> Launches:
+        """act of the resident neurons."""
+        at = self._at
+        one = [
+            _launch(
                 f"ffn_rows_{suffix}",
-                lambda n: (min(_parts(n_blocks * BLOCK, 8), _ROW_BLOCKS), n),
+                lambda n: (min(_parts(w.n_blocks * BLOCK, 8), _ROW_BLOCKS), n),
                 slot=slot,
                 list=at["list"],
                 n_list=at["listed"],
                 **values,
             )
-            many = _launch(
+            for suffix, values in self._passes(w)
+        ]
+        return Launches(one, self._window_rows(w))
+
+    def _window_rows(self, w: Window) -> list[Launch]:
+        return [
+            _launch(
                 f"ffn_rows_gemm_{suffix}",
-                lambda n: (n_blocks, _parts(n, 32)),
-                n_tok=at["counts"],
-                mask=at["mask"],
-                block_neuron=neuron_of,
+                lambda n: (w.n_blocks, _parts(n, 32)),
+                n_tok=self._at["counts"],
+                mask=self._at["mask"],
+                block_neuron=w.block_neuron,
                 first_block=0,
-                n_blocks=n_blocks,
+                n_blocks=w.n_blocks,
                 **values,
             )
-            launches += Launches([one], [many])
-        return launches
+            for suffix, values in self._passes(w)
+        ]
 
-    def _down(self, layer: Layer, slot: int, neuron_of: int, n_blocks: int) -> Launches:
+    def _down(self, w: Window, slot: int) -> Launches:
         """down_parts = the resident neurons' sum, in DOWN_SPLITS parts for one token."""
-        c, at = self._plan.config, self._at
-        assert layer.down_t is not None
-        down = self._load.matrix(layer.down_t, blocks=n_blocks)
+        c, at, down = self._plan.config, self._at, w.matrices[-1]
         unit = 32 * _UNITS[down.suffix]
         one = _launch(
             f"ffn_down_{down.suffix}",
@@ -425,21 +495,24 @@ class Builder:
             slot=slot,
             list=at["list"],
             n_list=at["listed"],
-            act=at["act"],
+            act=w.act,
             parts=at["down_parts"],
             n_ff=c.n_ff,
         )
-        many = _launch(
+        return Launches([one], [self._window_down(w, STORE)])
+
+    def _window_down(self, w: Window, op: int) -> Launch:
+        c, at, down = self._plan.config, self._at, w.matrices[-1]
+        return _launch(
             f"ffn_down_gemm_{down.suffix}",
             lambda n: (_parts(c.n_embd, 64), _parts(n, 32)),
             down_t=down,
-            act=at["act"],
+            act=w.act,
             n_tok=at["counts"],
             y=at["down_parts"],
-            block_neuron=neuron_of,
+            block_neuron=w.block_neuron,
             first_block=0,
-            n_blocks=n_blocks,
+            n_blocks=w.n_blocks,
             n_ff=c.n_ff,
-            op=STORE,
+            op=op,
         )
-        return Launches([one], [many])

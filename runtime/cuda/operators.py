@@ -24,6 +24,7 @@ from ..plan import Placement
 from .device import Device, Slab, Uploader
 from .launches import Builder, Launches, LayerLaunches
 from .loading import Loader
+from .replace import Replacer, Residency
 from .tape import Tape
 
 
@@ -76,6 +77,13 @@ class CUDA:
         ]
         self._head = builder.head()
         self._embed = builder.embed() if placement.has_embedding else None
+        self._replacer = Replacer(
+            device,
+            stream,
+            [layer.resident for layer in self._layers],
+            [place.slot_table() for place in placement.layers[: self._n_gpu]],
+            self._at["heat"],
+        )
         load.finish()
         for il, layer in enumerate(self._layers):
             if layer.has_cold:
@@ -173,6 +181,12 @@ class CUDA:
             self._down("x")
             self._wait()
         return None
+
+    def residency(self) -> Residency | None:
+        return self._replacer.residency() if self.plan.mode == "predicted" else None
+
+    def use(self, text: Residency | None) -> None:
+        self._replacer.use(text, self._n)
 
     def embed(self) -> None:
         self._tape.host(self._begin)
@@ -327,10 +341,11 @@ class CUDA:
         if n == 1:  # act is in the order of the list
             listed = self._watched["list"][0][0, : self._watched["listed"][0][0]]
             b.act[0, listed] = act[: len(listed)]
-        else:  # of whole blocks
-            width = BLOCK * self.placement.layers[self._il].slots
-            n_there = min(width, self.plan.config.n_ff)
-            b.act[:n, :n_there] = act[: n * width].reshape(n, width)[:, :n_there]
+        else:  # of whole blocks, in the order of their places
+            slot = self._replacer.slots[self._il]
+            width = BLOCK * np.count_nonzero(slot >= 0)
+            rows = (slot[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)[: self.plan.config.n_ff]
+            b.act[:n, rows >= 0] = act[: n * width].reshape(n, width)[:, rows[rows >= 0]]
 
     def finish(self) -> None:
         if not self._is_running:
