@@ -74,6 +74,11 @@ def neuron_bytes(layer: Layer, n_blocks: int) -> int:
     return int(_neuron_bytes(layer, np.array([n_blocks]))[0])
 
 
+def window_bytes(layer: Layer, n_blocks: int) -> int:
+    """Return what a window takes for blocks of neurons to pass through: they and their numbers."""
+    return neuron_bytes(layer, n_blocks) + aligned(4 * n_blocks)
+
+
 def _neuron_bytes(layer: Layer, n_blocks: np.ndarray) -> np.ndarray:
     """Return neuron_bytes() of several numbers of blocks."""
     total = np.zeros(len(n_blocks), np.int64)
@@ -229,7 +234,7 @@ def model_sizes(
         embedding += device_bytes(GGMLType.F32, w.positions.rows, w.positions.cols)
     # A quarter of a layer at most, but room for a block of neurons.
     window = max(min(WINDOW, int(la.hot[-1]) // 4) for la in layers)
-    window = max(window, *(neuron_bytes(layer, 1) for layer in w.layers))
+    window = max(window, *(window_bytes(layer, 1) for layer in w.layers))
     return ModelSizes(
         name=c.name,
         mode=mode,

@@ -272,19 +272,24 @@ def test_runs_repeat(model, monkeypatch):
     monkeypatch.setattr(replace, "MOST", 1)
     path, found = model("gqa", "q4_0"), []
 
-    def write(llm, each):
-        history = []
-        logits = followed(llm, IDS, lambda: (history.append(tables(llm)), each(llm)))
-        found.append((logits, history))
+    def write(llm, other=()):
+        history, others = [], iter(other)
+
+        def each():
+            history.append(tables(llm))
+            if next(others, None) is not None:
+                llm.logits(IDS[:3])
+
+        found.append((followed(llm, IDS, each), history))
 
     for seed, threads in ((0, 1), (1, 2), (2, 3)):
         device = FakeDevice(seed, eagerness=seed / 3)
         with hybrid(path, on_gpu(0.3, 2), device, threads=threads, sequences=2) as llm:
             for _ in range(2):
-                write(llm, lambda llm: None)
+                write(llm)
             other = llm.generate_tokens(IDS[::-1], **WRITTEN)
-            write(llm, lambda llm: (llm.logits(IDS[:3]), next(other)))
-            other.close()
+            write(llm, other)
+            assert sum(1 for _ in other) < 10  # they were written by turns
     swaps = [not same(a, b) for a, b in zip(found[0][1], found[0][1][1:], strict=False)]
     assert sum(swaps) > 2
     for logits, history in found[1:]:

@@ -82,10 +82,13 @@ class Loader:
 
     def array(self, values: np.ndarray) -> int:
         """Return the address of a copy of some numbers, as they are."""
-        values = np.ascontiguousarray(values)
         address = self.take(values.nbytes)
-        self._uploader.upload(address, [values.reshape(-1).view(np.uint8)])
+        self.fill(address, values)
         return address
+
+    def fill(self, address: int, values: np.ndarray) -> None:
+        """Copy some numbers, as they are, to an address."""
+        self._uploader.upload(address, [np.ascontiguousarray(values).reshape(-1).view(np.uint8)])
 
     def floats(self, tensor: Tensor | None) -> int:
         """Return the address of a float32 vector; 0 for None."""

@@ -25,6 +25,7 @@ from .device import Device, Slab, Uploader
 from .launches import Builder, Launches, LayerLaunches
 from .loading import Loader
 from .replace import Replacer, Residency
+from .streaming import Streaming
 from .tape import Tape
 
 
@@ -83,6 +84,9 @@ class CUDA:
             [layer.resident for layer in self._layers],
             [place.slot_table() for place in placement.layers[: self._n_gpu]],
             self._at["heat"],
+        )
+        self._streaming = Streaming(
+            plan, placement, device, stream, self._slab, self._at, builder, self._layers
         )
         load.finish()
         for il, layer in enumerate(self._layers):
@@ -175,12 +179,16 @@ class CUDA:
         """Return the layer's launches; None where the CPU has the layer, and x is there by now."""
         self._il = il
         if il < self._n_gpu:
-            return self._layers[il]
+            return self._on_gpu(il)
         if self._x_is_there:
             self._x_is_there = False
             self._down("x")
             self._wait()
         return None
+
+    def _on_gpu(self, il: int) -> LayerLaunches:
+        """Return a layer's launches for as many tokens as the step has."""
+        return self._streaming.launches(il, self._n) or self._layers[il]
 
     def residency(self) -> Residency | None:
         return self._replacer.residency() if self.plan.mode == "predicted" else None
@@ -270,6 +278,8 @@ class CUDA:
             self.cpu.ffn(il)
             return
         self._run(layer.ffn)
+        if layer is self._layers[il].streamed:
+            self._streaming.run(il, self._replacer.slots[il], self._n)
         if layer.has_cold:
             self._tape.wait("cold")
             self._tape.host(self._cold(il))
@@ -318,7 +328,8 @@ class CUDA:
     def show(self) -> None:
         if self._il >= self._n_gpu:
             return
-        n, b = self._n, self.plan.buffers
+        n, b, layer = self._n, self.plan.buffers, self._on_gpu(self._il)
+        is_streamed = layer is self._layers[self._il].streamed
         is_predicted = self.plan.mode == "predicted"
         for name, is_wanted in (
             ("x", True),
@@ -330,11 +341,12 @@ class CUDA:
                 self._down(name)
         for name in ("fired", "act", "list", "listed"):
             array, address = self._watched[name]
-            self._tape.copy(address, self._at[name], array[:n].nbytes)
+            is_whole = is_streamed and name == "act"  # windows have their parts of it
+            self._tape.copy(address, self._at[name], (array if is_whole else array[:n]).nbytes)
         self._wait()
         self.cpu.pack_h()  # for audits
         fired, act = self._watched["fired"][0][:n], self._watched["act"][0].reshape(-1)
-        if self._layers[self._il].has_cold:  # the CPU has set those of its own neurons
+        if layer.has_cold:  # the CPU has set those of its own neurons
             np.maximum(b.fired[:n], fired, out=b.fired[:n])
         else:
             b.fired[:n] = fired
@@ -343,9 +355,12 @@ class CUDA:
             b.act[0, listed] = act[: len(listed)]
         else:  # of whole blocks, in the order of their places
             slot = self._replacer.slots[self._il]
-            width = BLOCK * np.count_nonzero(slot >= 0)
-            rows = (slot[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)[: self.plan.config.n_ff]
-            b.act[:n, rows >= 0] = act[: n * width].reshape(n, width)[:, rows[rows >= 0]]
+            windows = self._streaming.windows(self._il, slot) if is_streamed else ()
+            for place, blocks in ((0, np.argsort(slot)[np.sum(slot < 0) :]), *windows):
+                neurons = (blocks[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
+                exists = neurons < b.act.shape[1]
+                part = act[BLOCK * place * len(self.plan.step.tokens) :][: n * len(neurons)]
+                b.act[:n, neurons[exists]] = part.reshape(n, -1)[:, exists]
 
     def finish(self) -> None:
         if not self._is_running:
@@ -355,8 +370,8 @@ class CUDA:
         stream.synchronize()
         self._is_running = False
         new = self._counted - self._counts_added
-        for il, layer in enumerate(self._layers):
-            if layer.has_cold:  # the CPU has counted the tokens
+        for il in range(self._n_gpu):
+            if self._on_gpu(il).has_cold:  # the CPU has counted the tokens
                 new[il, 0] = 0
         self.plan.buffers.counts += new
         self._counts_added[:] = self._counted
