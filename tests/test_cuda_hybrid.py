@@ -21,7 +21,7 @@ from powerinfer.predictors.profile import Firing, profile
 from powerinfer.runtime import reference
 from powerinfer.runtime.cache import Sequence
 from powerinfer.runtime.config import RunOptions
-from powerinfer.runtime.cuda import choose, detect, operators, tape
+from powerinfer.runtime.cuda import ahead, choose, detect, operators, tape
 from powerinfer.runtime.cuda import device as seam
 from powerinfer.runtime.cuda.device import DeviceError
 from powerinfer.runtime.engine import Engine
@@ -131,6 +131,7 @@ def hybrid(path, where, device=None, **options):
         mock.patch.object(choose, "open_device", lambda number, notify: device),
         mock.patch.object(choose, "place", where),
         mock.patch.object(detect, "find", lambda: FOUND),
+        mock.patch.object(ahead, "PATIENCE", device.patience),
     ):
         engine = Engine(path, RunOptions(**options))
     with engine:
@@ -443,9 +444,11 @@ def test_ctrl_c_anywhere(model):
             n_polls, n_cut = device.n_polls - before, 0
             for number in range(1, n_polls, n_polls // 9 + 1):
                 device.interrupt_at = device.n_polls + number
-                with pytest.raises(KeyboardInterrupt):
+                try:
                     decoded(llm)
-                n_cut += 1
+                except KeyboardInterrupt:  # else it has taken fewer polls, this time
+                    n_cut += 1
+                device.interrupt_at = -1
                 assert np.array_equal(decoded(llm), right)
             assert n_cut > 3
 
