@@ -103,10 +103,10 @@ class Backend(Protocol):
         A graph: it goes from operator to operator without Python. `run` may or may not be called.
         """
 
-    def read_rate(self, data: U8Array) -> float:
-        """Return how fast this backend reads memory that a model lies in, now, in bytes a second.
+    def bound(self, data: U8Array, nbytes: float) -> float:
+        """Return the tokens per second if a token took just the reading of `nbytes` of weights.
 
-        0 where that says nothing about how fast it could run.
+        `data`: the model's bytes, some of which may be read to see how fast that goes. 0: unknown.
         """
 
     def close(self) -> None:

@@ -222,7 +222,9 @@ class RunOptions:
         check("sparse_threshold", threshold is None or is_number, "a number")
         is_size = isinstance(budget, int | float) and 0 <= budget < float("inf")
         check("vram_budget", budget is None or is_size, "0 GiB or more")
-        check("gpu", self.gpu is None or whole(self.gpu, 0, MAX_GPU), "the number of a GPU, or None")
+        check(
+            "gpu", self.gpu is None or whole(self.gpu, 0, MAX_GPU), "the number of a GPU, or None"
+        )
         for name in ("adapt", "mmap", "mlock"):
             check(name, isinstance(getattr(self, name), bool), "True or False")
         isas = get_args(Isa)

@@ -204,8 +204,11 @@ class Engine:
         nothing was written, or the backend does not know.
         """
         read = self.timings.traffic
-        rate = 0.0 if read is None else self._ops.read_rate(self.file.data)
-        return rate / read.total if read is not None and rate else None
+        return None if read is None else self.bound_of(read.total)
+
+    def bound_of(self, nbytes: float) -> float | None:
+        """Return bound() for tokens that read so many bytes of weights."""
+        return self._ops.bound(self.file.data, nbytes) or None
 
     def no_counts(self) -> Counts:
         """Return zeros for feed() to add to."""

@@ -97,7 +97,7 @@ class Reference:
     def finish(self) -> None:
         """See show()."""
 
-    def read_rate(self, data: U8Array) -> float:
+    def bound(self, data: U8Array, nbytes: float) -> float:
         return 0.0
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:

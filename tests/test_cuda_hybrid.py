@@ -11,7 +11,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import tiny
-from conftest import convert, kl
+from conftest import convert
+from cuda_engine import close_enough, on_cpu, on_gpu, relative
 from cusim import sim
 from fake_device import FakeDevice, FakeStream, simulator
 from powerinfer.predictors.capture import capture
@@ -30,12 +31,10 @@ from powerinfer.runtime.formats import INTEGER_DOT, GGMLType, encode
 from powerinfer.runtime.gguf import GGUFFile, Value
 from powerinfer.runtime.gguf_writer import GGUFWriter
 from powerinfer.runtime.model import Watcher, forward
-from powerinfer.runtime.plan import Rates, place
 
 pytestmark = pytest.mark.skipif(bool(sim.unavailable()), reason=sim.unavailable())
 
 IDS = tiny.token_ids()
-RATES = Rates(gpu=1e12, cpu=3e10, link=2e-5)
 FOUND = detect.Found((detect.FoundGPU(0, "a fake GPU", 1 << 30, (8, 9)),), (13, 0))
 KINDS = {  # model, share of the neurons on the GPU, layers there
     "llama": ("gqa", 0.3, 2),
@@ -103,25 +102,6 @@ def retyped(source, path, types):
     return path
 
 
-def on_gpu(share, n_layer, spare=None):
-    """Return what stands in for choose.place: this share of the neurons of the first layers.
-
-    `spare`: bytes of the budget beyond what that takes without the embedding; None: all it takes.
-    """
-
-    def chosen(model, plan, options, device):
-        sizes = choose.sizes(model, plan)
-        layers = sizes.layers[:n_layer]
-        slots = [round(share * layer.n_blocks) // layer.step * layer.step for layer in layers]
-        placement = place(sizes, RATES, slots, len(plan.rope))
-        if spare is not None:
-            budget = placement.used - placement.bytes["embedding"] + spare
-            placement = place(sizes, RATES, slots, len(plan.rope), budget)
-        return placement
-
-    return chosen
-
-
 @contextlib.contextmanager
 def hybrid(path, where, device=None, **options):
     """Open a model on a fake device; `where`: see on_gpu. What it allocates is in the budget."""
@@ -140,26 +120,6 @@ def hybrid(path, where, device=None, **options):
         placement = engine._ops.placement
         assert device.peak == placement.slab <= placement.used <= placement.budget
     assert device.live == 0 or device.lost
-
-
-def on_cpu(path, **options):
-    options = {"backend": "cpu", "threads": 2, "context": 96, "chunk": 64, **options}
-    return Engine(path, RunOptions(**options))
-
-
-def relative(a, b):
-    return float(np.abs(a - b).max() / b.std())
-
-
-def close_enough(ours, cpus, outtype):
-    """What differs is the order of sums; and, with integers, what falls on the edge of two steps.
-
-    See test_model.test_cpu_equals_reference. On the way here KL is at most 6e-6.
-    """
-    if outtype in ("f32", "f16"):
-        assert relative(ours, cpus) < 1e-4
-    else:
-        assert kl(cpus, ours) < 1e-4
 
 
 def same_reading(ours, cpu, ids, outtype):

@@ -126,7 +126,8 @@ def test_options(demo_gguf, tiny_gguf):
     for name, value in (
         ("context", -1),
         ("threads", 0),
-        ("backend", "cuda"),
+        ("backend", "rocm"),
+        ("gpu", -1),
         ("kv_type", "q8_0"),
         ("mode", "sparse"),
         ("chunk", 0),

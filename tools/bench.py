@@ -51,7 +51,8 @@ class Result:
     rates: list[float]  # of every round
     traffic: Traffic | None  # of decoding
     computed: float  # share of the neurons
-    bandwidth: float  # bytes per second, in the same run
+    bandwidth: float  # bytes per second that the CPU reads, in the same run
+    placed: float | None = None  # the bound of what lives where, with a GPU
 
     @property
     def rate(self) -> float:
@@ -62,7 +63,7 @@ class Result:
         """Tokens per second if nothing but weights were read, each once for one text."""
         if self.traffic is None or self.test.batch > 1:
             return None
-        return self.bandwidth / self.traffic.total
+        return self.placed or self.bandwidth / self.traffic.total
 
 
 class Bench:
@@ -152,6 +153,7 @@ class Bench:
                     traffic=traffic(engine.weights, engine.mode, counts) if test.n_decode else None,
                     computed=float(rows / max(tokens, 1) / engine.config.n_ff),
                     bandwidth=max(self._bandwidth[test.threads]),
+                    placed=engine.bound_of(1) if engine.backend == "cuda" else None,
                 )
             )
         return out

@@ -134,6 +134,8 @@ def _timing_block(engine: Engine) -> str:
         if bound is not None and decoded and t.decode_s > 0:
             share = decoded / t.decode_s / bound
             reading = f"reading those at {bound * t.traffic.total / 1e9:.1f} GB/s"
+            if engine.backend == "cuda":
+                reading = "of this placement"
             lines.append(f"bound   {bound:9.1f} t/s  ({reading}; {share:.0%} reached)")
     return "\n".join(lines)
 

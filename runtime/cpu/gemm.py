@@ -60,7 +60,7 @@ from .tile import (
 )
 
 PANEL = 16  # rows
-_SUMS, _FOLLOWING = 2048, 128  # bytes behind a panel: sums of two AMX tiles, what _following says
+_SUMS, _FOLLOWING = 2048, 192  # bytes behind a panel: sums of two AMX tiles, what _following says
 
 
 @inline
@@ -82,17 +82,27 @@ def _scales(n):
 def _following(panel, n):
     """Return where a panel keeps the addresses of the rows that are to be fetched with it.
 
-    The first is 0 where they have been fetched already.
+    The first is 0 where they have been fetched already; behind them are the bytes of a row.
     """
     return panel + panel_size(n) - _FOLLOWING
 
 
 @inline
 def _fetch(following, at, step):
-    """Ask for bytes `at` to at + step of the rows that follow; nothing if `following` is 0."""
-    if following != 0 and at % 64 < step:  # once for every line
-        for i in range(PANEL):
-            prefetch(load_i64(following + 8 * i) + at)
+    """Ask for the share that bytes `at` to at + step of a row are of all rows that follow.
+
+    One row after the other: prefetchers do not follow 16 runs at once.
+    Nothing if `following` is 0.
+    """
+    if following != 0:
+        row_bytes = load_i64(following + 8 * PANEL)
+        row = PANEL * at // row_bytes
+        within = PANEL * at - row * row_bytes
+        for _ in range(0, PANEL * step, 64):
+            if within >= row_bytes:
+                row, within = row + 1, within - row_bytes
+            prefetch(load_i64(following + 8 * min(row, PANEL - 1)) + within)
+            within += 64
 
 
 @inline
@@ -247,6 +257,7 @@ def _make_unpack(type_):
         following = _following(panel, n)
         for i in range(PANEL):
             store_i64(following + 8 * i, ahead[i])
+        store_i64(following + 8 * PANEL, row_bytes)
         if is_next == 0:
             following = 0
         if type_ == Q4_0:

@@ -395,8 +395,8 @@ class CPU:
     def head(self) -> None:
         self._run(linear.head, self._head)
 
-    def read_rate(self, data: U8Array) -> float:
-        return Reader(data).measure(self.pool.n_threads)
+    def bound(self, data: U8Array, nbytes: float) -> float:
+        return Reader(data).measure(self.pool.n_threads) / nbytes
 
     def close(self) -> None:
         self.pool.close()

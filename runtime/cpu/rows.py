@@ -53,6 +53,8 @@ from .simd import (
     mul,
     or_i32,
     prefetch,
+    prefetch_5,
+    prefetch_far,
     q4_0_high,
     q4_0_low,
     q4_0_scales,
@@ -159,35 +161,49 @@ def _group(type_, w, scales, bias, q, total):
 
 
 @inline
-def _dot_blocks(type_, w, n, x, scratch, ahead):
-    """The dot product of Q4_0 and Q8_0; call it with a constant type.
+def _dot2_blocks(type_, v, w, n, x, scratch, next_v, next_w):
+    """The dot products of two rows of Q4_0 or Q8_0; call it with a constant type.
 
-    Q4_0: sum over blocks of d * s * (sum of q4 * q8 - 8 * sum of q8), n / 32 * 18 bytes read;
+    Q4_0: sum over blocks of d * s * (sum of q4 * q8 - 8 * sum of q8), n / 32 * 18 bytes read a row;
     Q8_0: sum over blocks of d * s * (sum of q8 * q8), n / 32 * 34 bytes.
+
+    Two rows share what they read of x. What comes next is asked for one row after the other: of
+    neighbours that is one run of lines, as prefetchers like it (AMD's lose their way in two).
     """
     _, q8, bias8, q4, bias4, _ = planes(n)
     is_q4_0 = type_ == Q4_0
     blocks, block_bytes = (4, 18) if is_q4_0 else (2, 34)  # blocks: in a group
     q, bias = (x + q4, x + bias4) if is_q4_0 else (x + q8, x + bias8)
     size, n_groups, rest = blocks * block_bytes, n // 32 // blocks, n // 32 % blocks * block_bytes
-    # Two sums, so that one waits for its multiply-add while the other goes on.
-    even, odd = splat(np.float32(0)), splat(np.float32(0))
-    for _ in range(n_groups // 2):
-        prefetch(w + ahead)
-        prefetch(w + ahead + 64)
-        even = _group(type_, w, x, bias, q, even)
-        odd = _group(type_, w + size, x + 4 * blocks, bias + 64, q + 32 * blocks, odd)
-        w, x, bias, q = w + 2 * size, x + 8 * blocks, bias + 128, q + 64 * blocks
+    # Two sums a row, so that one waits for its multiply-add while the other goes on.
+    even_v, odd_v = splat(np.float32(0)), splat(np.float32(0))
+    even_w, odd_w = splat(np.float32(0)), splat(np.float32(0))
+    at = next_v
+    for i in range(n_groups // 2):
+        at = next_w if i == n_groups // 4 else at
+        prefetch_5(at)  # 288 bytes of Q4_0, 272 of Q8_0
+        even_v = _group(type_, v, x, bias, q, even_v)
+        even_w = _group(type_, w, x, bias, q, even_w)
+        odd_v = _group(type_, v + size, x + 4 * blocks, bias + 64, q + 32 * blocks, odd_v)
+        odd_w = _group(type_, w + size, x + 4 * blocks, bias + 64, q + 32 * blocks, odd_w)
+        v, w, at = v + 2 * size, w + 2 * size, at + 4 * size
+        x, bias, q = x + 8 * blocks, bias + 128, q + 64 * blocks
     if n_groups % 2:
-        prefetch(w + ahead)
-        even = _group(type_, w, x, bias, q, even)
-        w, x, bias, q = w + size, x + 4 * blocks, bias + 64, q + 32 * blocks
+        even_v = _group(type_, v, x, bias, q, even_v)
+        even_w = _group(type_, w, x, bias, q, even_w)
+        v, w, x, bias, q = v + size, w + size, x + 4 * blocks, bias + 64, q + 32 * blocks
     if rest:
-        # The row ends inside a group: continue in a copy with blocks of zero behind it.
-        for i in range(size):
-            store_u8(scratch + i, load_u8(w + i) if i < rest else np.uint8(0))
-        odd = _group(type_, scratch, x, bias, q, odd)
-    return sum16(add(even, odd))
+        odd_v = _group(type_, _padded(v, rest, size, scratch), x, bias, q, odd_v)
+        odd_w = _group(type_, _padded(w, rest, size, scratch), x, bias, q, odd_w)
+    return sum16(add(even_v, odd_v)), sum16(add(even_w, odd_w))
+
+
+@inline
+def _padded(w, rest, size, scratch):
+    """Return a copy of the end of a row, which is inside a group, with blocks of zero behind it."""
+    for i in range(size):
+        store_u8(scratch + i, load_u8(w + i) if i < rest else np.uint8(0))
+    return scratch
 
 
 @inline
@@ -388,18 +404,46 @@ def lead(row_bytes):
     return min((AHEAD + row_bytes - 1) // row_bytes, SLACK)
 
 
+@inline
+def _fetch_far(row, row_bytes):
+    """Ask for a whole row of a list that comes later.
+
+    Into the second cache: it waits for more lines at a time than the first, and rows here and
+    there are nothing that the machine foresees.
+    """
+    for line in range(0, row_bytes, 64):
+        prefetch_far(row + line)
+
+
+@inline
+def _row(w, row_bytes, rows, i, count):
+    """Return where the i-th of `count` rows is; behind the last, that one."""
+    return w + row_number(rows, min(i, count - 1)) * row_bytes
+
+
 def _make_dots(type_):
     def dots(w, row_bytes, n, rows, count, next_w, next_rows, x, packed, scratch, out):
-        for i in range(count):
-            at = w + row_number(rows, i) * row_bytes
-            ahead = next_w + row_number(next_rows, i) * row_bytes - at
-            if type_ in (Q4_0, Q8_0):
-                value = _dot_blocks(type_, at, n, packed, scratch, ahead)
+        in_twos = type_ in (Q4_0, Q8_0)
+        for i in range(0, count, 2 if in_twos else 1):
+            # A last row without a partner is multiplied twice.
+            j = min(i + 1, count - 1) if in_twos else i
+            v, u = _row(w, row_bytes, rows, i, count), _row(w, row_bytes, rows, j, count)
+            next_v = next_w + row_number(next_rows, i) * row_bytes
+            next_u = next_w + row_number(next_rows, j) * row_bytes
+            if rows != 0:
+                _fetch_far(next_v, row_bytes)
+                if in_twos:
+                    _fetch_far(next_u, row_bytes)
+                next_v = _row(w, row_bytes, rows, j + 1, count)
+                next_u = _row(w, row_bytes, rows, j + 2, count)
+            if in_twos:
+                a, b = _dot2_blocks(type_, v, u, n, packed, scratch, next_v, next_u)
+                store_f32(out + 4 * j, b)
             elif type_ == Q6_K:
-                value = _dot_q6_k(at, n, packed, ahead)
+                a = _dot_q6_k(v, n, packed, next_v - v)
             else:
-                value = dot_float(type_, at, n, x, ahead)
-            store_f32(out + 4 * i, value)
+                a = dot_float(type_, v, n, x, next_v - v)
+            store_f32(out + 4 * i, a)
 
     return Kernel(dots, 11, f"dots_{GGMLType(type_).name}")
 
@@ -411,9 +455,15 @@ def _make_axpys(type_):
             j = min(i + 1, count - 1)
             a = load_f32(values + 4 * i)
             b = load_f32(values + 4 * j) if j > i else np.float32(0)
-            v, u = w + row_number(rows, i) * row_bytes, w + row_number(rows, j) * row_bytes
-            ahead_v = next_w + row_number(next_rows, i) * row_bytes - v
-            ahead_u = next_w + row_number(next_rows, j) * row_bytes - u
+            v, u = _row(w, row_bytes, rows, i, count), _row(w, row_bytes, rows, j, count)
+            next_v = next_w + row_number(next_rows, i) * row_bytes
+            next_u = next_w + row_number(next_rows, j) * row_bytes
+            if rows != 0:
+                _fetch_far(next_v, row_bytes)
+                _fetch_far(next_u, row_bytes)
+                next_v = _row(w, row_bytes, rows, j + 1, count)
+                next_u = _row(w, row_bytes, rows, j + 2, count)
+            ahead_v, ahead_u = next_v - v, next_u - u
             if type_ in (Q4_0, Q8_0):
                 _axpy2_blocks(type_, v, u, n, a, b, y, ahead_v, ahead_u)
             else:
@@ -428,9 +478,9 @@ def _make_widen(type_):
     def widen(w, row_bytes, n, rows, count, out, out_bytes):
         for i in range(count):
             at, to = w + row_number(rows, i) * row_bytes, out + i * out_bytes
-            ahead = w + row_number(rows, i + 8) * row_bytes
+            ahead = w + row_number(rows, i + 24) * row_bytes
             for line in range(0, n // block_size * block_bytes, 64):
-                prefetch(ahead + line)
+                prefetch_far(ahead + line)
             if type_ in (Q4_0, Q8_0):
                 zero = splat(np.float32(0))
                 for block in range(n // 32):

@@ -158,12 +158,22 @@ def store_i8x16(b, address, x):
     b.store(narrow, b.inttoptr(address, bytes_.as_pointer()), align=1)
 
 
-@op(void, intp)
-def prefetch(b, address):
-    """Ask for the cache line at `address`; any address is fine."""
-    pointer = b.inttoptr(address, i8.as_pointer())
-    read, keep, data = (ir.Constant(i32, n) for n in (0, 3, 1))
-    call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
+def _prefetches(n_lines: int, cache: int) -> Any:
+    locality = {1: 3, 2: 2}[cache]
+
+    @op(void, intp)
+    def prefetch(b, address):
+        for line in range(n_lines):
+            pointer = b.inttoptr(offset(b, address, 64 * line), i8.as_pointer())
+            read, keep, data = (ir.Constant(i32, n) for n in (0, locality, 1))
+            call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
+
+    prefetch.__doc__ = f"Ask for {n_lines} cache lines at an address, which may be any."
+    return prefetch
+
+
+prefetch, prefetch_5 = _prefetches(1, cache=1), _prefetches(5, cache=1)
+prefetch_far = _prefetches(1, cache=2)
 
 
 @op(I32x16, intp)
@@ -330,14 +340,25 @@ def store_not_zero(b, flags, x):
 
 
 def _append(b: Any, at: Any, x: Any, is_set: Any) -> None:
+    # All 16 lanes are stored: to store just those that are set takes AMD's cores 100 times as long.
     kind = "i32" if x.type == I32x16.llvm else "f32"
-    pointer = b.inttoptr(at, i8.as_pointer())
-    call(b, f"llvm.masked.compressstore.v16{kind}", ir.VoidType(), x, pointer, is_set)
+    packed = call(
+        b,
+        f"llvm.experimental.vector.compress.v16{kind}",
+        x.type,
+        x,
+        is_set,
+        ir.Constant(x.type, ir.Undefined),
+    )
+    b.store(packed, b.inttoptr(at, x.type.as_pointer()), align=1)
 
 
 @op(int64, intp, intp, int32)
 def append_numbers(b, numbers, flags, first):
-    """Append first + lane at `numbers` for the lanes that have a flag [16]; return how many."""
+    """Append first + lane at `numbers` for the lanes that have a flag [16]; return how many.
+
+    There must be room for 16; behind what is appended anything may be written.
+    """
     is_set = _are_set(b, flags)
     lanes = b.add(splat_to(b, first, I32x16.llvm), ir.Constant(I32x16.llvm, list(range(16))))
     _append(b, numbers, lanes, is_set)
@@ -346,7 +367,7 @@ def append_numbers(b, numbers, flags, first):
 
 @op(void, intp, intp, F32x16)
 def append_values(b, values, flags, x):
-    """Append the lanes of x that have a flag [16] at `values`."""
+    """Append the lanes of x that have a flag [16] at `values`, with room for 16 there."""
     _append(b, values, x, _are_set(b, flags))
 
 

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# What a machine with an NVIDIA GPU can tell, in under 8 minutes: kernels and the hybrid against the
+# CPU, memory against the budget, compute-sanitizer, speed over budgets. Everything is written to
+# one file.
+#
+#     tools/gpu_check.sh [RESULTS] [MODEL.gguf ...]
+#
+# RESULTS: default build/gpu-check-DATE.md.  Models: default are synthetic ones, 7b and a Falcon-40b
+# cut to 12 layers, made in build/ (random weights). $PYTHON: one that has powerinfer with the extras
+# test and cuda12 or cuda13 (default: .venv/bin/python). Exit code 1 if a check failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+mkdir -p build
+RESULTS=${1:-build/gpu-check-$(date -u +%Y-%m-%d).md}
+shift || true
+failed=0
+
+say() { echo "$*" | tee -a "$RESULTS"; }
+
+# check NAME SECONDS COMMAND...: the end of its output goes into the results.
+check() {
+    local name=$1 seconds=$2 log code=0 started=$SECONDS
+    shift 2
+    log=$(mktemp)
+    timeout "$seconds" "$@" >"$log" 2>&1 || code=$?
+    [ "$code" = 0 ] || failed=1
+    say "" "## $name: exit code $code, $((SECONDS - started)) s"
+    { echo; sed 's/.*\r//; s/^/    /' "$log" | tail -n "${LINES_KEPT:-12}"; } | tee -a "$RESULTS"
+    rm -f "$log"
+}
+
+: >"$RESULTS"
+say "# GPU check, $(date -u '+%Y-%m-%d %H:%M') UTC, commit $(git rev-parse --short HEAD 2>/dev/null)"
+say "" "    $(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader)"
+LINES_KEPT=40 check "what is found" 60 "$PYTHON" -m powerinfer doctor
+
+check "tests on the GPU" 150 "$PYTHON" -m pytest -q -m gpu tests/test_cuda_device.py tests/test_gpu.py
+
+# Few tests, since every access is checked: each kernel of a prompt and of a token runs in them.
+SOME="test_logits_as_on_the_cpu and predicted or test_graphs"
+if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+        check "compute-sanitizer $tool" 100 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$PYTHON" -m pytest -q -x -m gpu -k "$SOME" tests/test_gpu.py
+    done
+else
+    say "" "## compute-sanitizer: not on this machine"
+fi
+
+if [ $# = 0 ]; then
+    for model in 7b:build/7b.gguf: falcon-40b:build/falcon.gguf:--layers=12; do
+        IFS=: read -r shape file layers <<<"$model"
+        # shellcheck disable=SC2086
+        [ -e "$file" ] || "$PYTHON" -m powerinfer.tools.synth "$shape" -o "$file" $layers >/dev/null 2>&1
+        set -- "$@" "$file"
+    done
+fi
+for model in "$@"; do
+    for budget in 0 1.5 3 8; do  # GiB; 0: the CPU alone
+        LINES_KEPT=6 check "$(basename "$model"), $budget GiB" 60 \
+            "$PYTHON" -m powerinfer bench -m "$model" --vram-budget "$budget" \
+            -p 512 -n 64 -b 1 -r 3 --md
+        [ "$budget" = 0 ] || LINES_KEPT=20 check "plan of $(basename "$model"), $budget GiB" 30 \
+            "$PYTHON" -m powerinfer plan -m "$model" --vram-budget "$budget"
+    done
+done
+say "" "failed: $failed"
+exit "$failed"
