@@ -8,13 +8,14 @@ import time
 
 import numpy as np
 import pytest
+from cuda_engine import on_gpu
 from cusim import sim
 from fake_device import FakeDevice, FakeStream, simulator
 from powerinfer.runtime.cpu.pool import Pool
 from powerinfer.runtime.cuda import ahead, operators
 from powerinfer.runtime.cuda import device as seam
 from powerinfer.runtime.cuda.device import DeviceError
-from test_cuda_hybrid import KINDS, decoded, hybrid, model, on_gpu, survives  # noqa: F401
+from test_cuda_hybrid import KINDS, decoded, hybrid, model, survives  # noqa: F401
 
 pytestmark = pytest.mark.skipif(bool(sim.unavailable()), reason=sim.unavailable())
 
@@ -41,7 +42,7 @@ def of_kind(model, kind):  # noqa: F811
     return model(name, "q4_0"), on_gpu(share, n_layer)
 
 
-@pytest.mark.parametrize("depth", [1, 8])
+@pytest.mark.parametrize("depth", [1, 4, 128])
 @pytest.mark.parametrize(
     "kind", ["llama", "falcon 7b", "falcon, one layer", "opt", "no neurons", "biases, one layer"]
 )
@@ -50,9 +51,24 @@ def test_the_same_bits_in_any_interleaving(kind, depth, model, right, monkeypatc
     path, where = of_kind(model, kind)
     device, expected = FakeDevice(depth), right(path, where)
     with hybrid(path, where, device) as llm:
-        for eagerness in np.linspace(0, 0.95, 8):
+        for eagerness in np.linspace(0, 0.95, 6):
             device.eagerness = eagerness
             assert np.array_equal(decoded(llm), expected)
+
+
+@pytest.mark.parametrize(("depth", "n_programs"), [(0, 2), (128, 1)])
+def test_the_queue_is_not_filled(depth, n_programs, model, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(ahead, "DEPTH", depth)
+    programs, work = [], ahead.AheadTape._work
+
+    def noting_work(tape, jobs):
+        programs.append(jobs)
+        work(tape, jobs)
+
+    monkeypatch.setattr(ahead.AheadTape, "_work", noting_work)
+    with hybrid(*of_kind(model, "llama")) as llm:
+        decoded(llm, 1)
+    assert len(programs) == n_programs
 
 
 @pytest.mark.parametrize("start", [2**31 - 5, 2**32 - 5])

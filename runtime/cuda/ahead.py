@@ -26,9 +26,10 @@ from .device import Device, Stream, wait_until
 from .tape import Tape
 
 PATIENCE = 20_000  # looks at a flag before Python may see to things: some 10 ms
-# Exchanges that are queued ahead. A driver's queue is finite (1024 launches, as is said), and it
-# stops whoever fills it until the device goes on, which waits for the CPU then.
-DEPTH = 8
+# Launches and copies that are queued behind one that waits for the CPU, some 8 layers; then the CPU
+# does its part. A driver's queue is finite (1024 launches, as is said), and stops whoever fills it
+# until the device goes on: for ever, if that waits for who has been stopped.
+DEPTH = 128
 
 _SPINS = 1000  # looks before the core is offered to others
 _LINE = 64  # bytes
@@ -89,10 +90,12 @@ class AheadTape(Tape):
         self._base, self._stop = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self._last = 0  # number of the last exchange there was
         self._blocks: list[np.ndarray] = []  # that programs point to
-        # While capturing: the numbers of marks, and of the last exchange; jobs not yet in a step.
+        # While capturing: the numbers of marks, and of the last exchange; jobs that are not yet in
+        # a step, and how much has been queued since the first of them.
         self._numbers: dict[str, int] = {}
         self._n = 0
         self._calls: list[Call] = []
+        self._queued = 0
 
     def mark(self, name: str) -> None:
         if self._steps is None:
@@ -125,15 +128,13 @@ class AheadTape(Tape):
         number = self._numbers[name]
         self._exchange(answer.address, number)
         self._step(lambda: self.stream.wait_value(self._answer_at, int(self._base[0]) + number))
-        if number % DEPTH == 0:
-            self._work_so_far()
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], None]:
         def whole() -> None:
             run()
             self._work_so_far()
 
-        self._n, self._calls = 0, []
+        self._n, self._calls, self._queued = 0, [], 0
         steps, n = super().capture(whole), self._n
 
         def play() -> None:
@@ -144,6 +145,13 @@ class AheadTape(Tape):
                 self._answer[0] = self._last  # if it has failed, the device must not wait for ever
 
         return play
+
+    def _go_on(self) -> None:
+        if self._calls:
+            self._queued += 1
+            if self._queued > DEPTH:
+                self._work_so_far()
+        super()._go_on()
 
     def _exchange(self, function: int, number: int) -> None:
         """Let the CPU do its part of an exchange at this point of the program."""
@@ -162,7 +170,7 @@ class AheadTape(Tape):
     def _work_so_far(self) -> None:
         """Let the CPU do its part of what has been queued."""
         if self._calls:
-            jobs, self._calls = program(self._calls), []
+            jobs, self._calls, self._queued = program(self._calls), [], 0
             self._step(lambda: self._work(jobs))
 
     def _work(self, jobs: Program) -> None:
