@@ -185,7 +185,8 @@ class FakeDevice:
     `eagerness`: how likely, whenever something is queued, the device runs another node; 0: only
     when it is polled, and one at a time. `live` and `peak`: bytes that are, and have been,
     allocated. Faults to plant: with `fails_after` nodes run it is lost, with `hangs_after` it does
-    nothing any more; `interrupt_at` is the number of a poll at which Ctrl-C comes.
+    nothing any more; `interrupt_at` is the number of a poll at which Ctrl-C comes. `patience`: for
+    ahead.PATIENCE, none, since only what polls lets the device go on.
     """
 
     name = "a fake GPU"
@@ -205,6 +206,7 @@ class FakeDevice:
         self.live = self.peak = self.n_run = self.n_polls = 0
         self.hangs_after = self.fails_after = float("inf")
         self.interrupt_at = -1
+        self.patience = 0
         self._random = np.random.default_rng(seed)
         self._queue: list[Node] = []
         self._memory: dict[int, np.ndarray] = {}

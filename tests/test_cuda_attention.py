@@ -1,6 +1,5 @@
 """attention.cu in the simulator against the reference: splits, tiles, and faults put into them."""
 
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,7 +109,6 @@ class Case:
         launch(sim, f"attend_tile_{self.type_}", grid, order_seed, **self.put(sim), a=a)
 
 
-@cache
 def simulator(check: bool = False) -> Simulator:
     return load("attention.cu", check=check)
 

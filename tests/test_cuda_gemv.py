@@ -1,7 +1,5 @@
 """gemv.cu and gemm.cu in the simulator against NumPy: odd sizes, every format, planted faults."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 from cuda_case import launch
@@ -24,7 +22,6 @@ COLS = {
 }
 
 
-@cache
 def simulator(kind, check=False):
     return load(f"{kind}.cu", check=check)
 

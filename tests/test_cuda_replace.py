@@ -211,7 +211,7 @@ def test_a_prompt_settles_nothing_by_itself(model):
 
 def turn(counts, slot, n_tok=1000, block_bytes=1):
     """Return the slots of a layer after a turn with these counts of so many tokens."""
-    text = replace.Residency([np.array(slot, np.int32)])
+    text = replace.BlockResidency([np.array(slot, np.int32)])
     text.counted[:], text.n_tok = counts, n_tok
     text.take_turn([block_bytes])
     assert not text.counted.any() and text.n_tok == 0 and not text.is_due
@@ -244,14 +244,14 @@ def test_no_more_moves_in_a_turn_than_may(monkeypatch):
     for size, n in ((33, 3), (34, 2), (50, 2), (51, 1), (1000, 1)):
         assert turn(counts, slot, block_bytes=size)[3:].count(-1) == 3 - n
     # Most useful first, of all layers; those that come first are not worth a pass of small ones.
-    text = replace.Residency([np.array([0, -1], np.int32)] * 3)
+    text = replace.BlockResidency([np.array([0, -1], np.int32)] * 3)
     text.counted[:], text.n_tok = [[0, 7000], [0, 9000], [0, 8000]], 1000
     text.take_turn([50] * 3)
     assert [slot.tolist() for slot in text.slots] == [[0, -1], [-1, 0], [-1, 0]]
 
 
 def test_old_demand_is_forgotten():
-    text = replace.Residency([np.array([0, -1], np.int32)])
+    text = replace.BlockResidency([np.array([0, -1], np.int32)])
     text.counted[:], text.n_tok = [9000, 0], 1000
     text.take_turn([1])
     assert text.slots[0].tolist() == [0, -1]

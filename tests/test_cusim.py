@@ -287,7 +287,7 @@ FAULTS = {
     "shared_of_the_last_block": (UNWRITTEN, "block 1, thread 0"),
     "no_barrier": (RACE, "at shared s + "),
     "no_barrier_before_writing": (RACE, "thread 40"),
-    "write_after_reads": (RACE, "thread 63"),
+    "write_after_reads": (RACE, "thread 31, "),
     "write_of_the_first_reader": (RACE, "at shared s + 0"),
     "no_syncwarp": (RACE, "at shared s + "),
     "shuffle_for_syncwarp": (RACE, "at shared s + "),

@@ -17,7 +17,7 @@ from .matmul import (
     rows_per_task,
 )
 from .pool import finish, take, wait
-from .rows import pack, pack_stride
+from .rows import fill_zero, pack, pack_stride
 from .simd import (
     call_rows,
     load_f32,
@@ -139,6 +139,22 @@ def out_add(args, control, epoch, thread):
         matmul_task(wo, task, n_threads, n_tok, a, packs, x, rows, ADD, scratch)
         finish(control, 1)
     wait(control, 1, epoch, n_tasks)
+
+
+CLEAR = layout("counts x n")
+
+
+@job
+def clear_rows(args, control, epoch, thread):
+    """x [n_tok, n] = 0."""
+    n_tok, n = np.int64(load_i32(arg(args, CLEAR.counts))), arg(args, CLEAR.n)
+    while True:
+        t = take(control, 0, epoch, n_tok)
+        if t < 0:
+            break
+        fill_zero(arg(args, CLEAR.x) + t * n * 4, n)
+        finish(control, 0)
+    wait(control, 0, epoch, n_tok)
 
 
 PACK = layout("counts x packs ones n")

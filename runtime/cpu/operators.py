@@ -18,7 +18,7 @@ from .block import MATRIX, PRODUCTS, SUMS, address, build, matrix
 from .elementwise import NORMS
 from .gemm import MULTIPLIES, UNPACKS
 from .jit import Kernel, load_kernels
-from .pool import Pool, physical_cores, program
+from .pool import Call, Pool, physical_cores, program
 from .rows import AXPYS, DOTS, F16, F32, SLACK, WIDENS, pack_bytes
 
 Block = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -28,6 +28,7 @@ _JOBS = (
     linear.embed,
     linear.ffn_norm,
     linear.out_add,
+    linear.clear_rows,
     linear.pack_rows,
     linear.predict,
     linear.head,
@@ -56,7 +57,7 @@ class CPU:
         self.pool = Pool(threads or physical_cores())
         self.plan = plan
         self._keep: list[np.ndarray] = []  # memory that blocks point to
-        self._captured: list[tuple[int, int]] | None = None
+        self._captured: list[Call] | None = None
         c, w, b, step = plan.config, plan.weights, plan.buffers, plan.step
         n_tok, n_out = len(step.tokens), len(step.outputs)
         q_dim, kv_dim = c.n_head * c.head_dim, c.n_head_kv * c.head_dim
@@ -313,14 +314,18 @@ class CPU:
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
         # Between two jobs of a token Python takes longer than its share: what it runs through has
         # left the caches every time, weights having gone through them.
-        calls: list[tuple[int, int]] = []
+        jobs = program(self.calls(run))
+        return lambda: self.pool.run(jobs)
+
+    def calls(self, run: Callable[[], Any]) -> list[Call]:
+        """Return the jobs that `run`, which calls operators, asks for with a step of one token."""
+        calls: list[Call] = []
         outer, self._captured = self._captured, calls
         try:
             run()
         finally:
             self._captured = outer
-        jobs = program(calls)
-        return lambda: self.pool.run(jobs)
+        return calls
 
     def residency(self) -> None:
         """All neurons are in one place."""
@@ -360,14 +365,21 @@ class CPU:
         """See show()."""
 
     def be_part(self, il: int, out: np.ndarray) -> None:
-        """Let ffn(il) add to `out` [n_tok, n_embd] what the neurons in mask give, and no bias.
+        """Let ffn_part(il) set `out` [n_tok, n_embd] to what the neurons in mask give, no bias.
 
-        For another backend that has the others: it makes buffers.h (see pack_h) and mask.
+        For another backend that has the others: it makes buffers.h and mask.
         """
-        block = self._ffn[il]
+        block, n_embd = self._ffn[il], out.shape[1]
+        self._clear_part = build(linear.CLEAR, counts=self.plan.step.counts, x=out, n=n_embd)
         block[ffn.FFN.x] = address(out)
         block[ffn.FFN.has_mask], block[ffn.FFN.is_dense] = 1, 0
         block[ffn.FFN.down_bias] = block[ffn.FFN.down + MATRIX.bias] = 0
+
+    def ffn_part(self, il: int) -> None:
+        """See be_part()."""
+        self._run(linear.clear_rows, self._clear_part)
+        self.pack_h()
+        self.ffn(il)
 
     def pack_h(self) -> None:
         """Round buffers.h, made by another backend, as ffn and audit want it."""

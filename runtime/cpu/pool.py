@@ -107,11 +107,17 @@ def _publish(control, function, args):
     _set_counters(control, (epoch + 1) & _EPOCHS)
 
 
-@nogil("void(intp, intp, int64)")
-def _run(control, program, n):
-    """Run n jobs, one after the other; `program`: the addresses of each and of its block."""
+@nogil("int64(intp, intp, int64, intp)")
+def _run(control, program, n, stop):
+    """Run n jobs, one after the other; `program`: the addresses of each and of its block.
+
+    Returns n, or the number of the job that has set the word at address `stop` (0: there is none).
+    """
     for i in range(n):
         _publish(control, load_i64(program + 16 * i), load_i64(program + 16 * i + 8))
+        if stop != 0 and atomic_load(stop) != 0:
+            return i
+    return n
 
 
 @nogil("int64(intp, intp, intp)")
@@ -180,17 +186,18 @@ def _wake(shared: _Shared) -> None:
         shared.condition.notify_all()
 
 
+Call = tuple[int, int]  # the addresses of a Kernel and of its argument block
 Program = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
-def program(jobs: Sequence[tuple[int, int]]) -> Program:
-    """Return jobs (the addresses of a Kernel and of its argument block) for Pool.run."""
+def program(jobs: Sequence[Call]) -> Program:
+    """Return jobs for Pool.run."""
     return np.array(jobs, np.int64)
 
 
 def _stop(shared: _Shared, threads: list[threading.Thread]) -> None:
     end = program([(0, 0)])
-    _run(shared.control, end.ctypes.data, 1)
+    _run(shared.control, end.ctypes.data, 1, 0)
     _wake(shared)
     for thread in threads:
         thread.join(5.0)
@@ -223,8 +230,11 @@ class Pool:
             self._stopper()
             raise RequestError(f"the system does not allow {self.n_threads} threads") from None
 
-    def run(self, jobs: Program) -> None:
-        """Run some jobs, one after the other, each on all threads."""
+    def run(self, jobs: Program, stop: int = 0) -> int:
+        """Run some jobs, one after the other, each on all threads; return how many are done.
+
+        `stop`: the address of a word, by setting which a job ends this and says it is not done.
+        """
         with self._lock:
             if not self._stopper.alive:
                 raise RequestError("the engine is closed")
@@ -233,7 +243,7 @@ class Pool:
                 self._start()
             if self._shared.asleep:
                 _wake(self._shared)
-            _run(self._shared.control, jobs.ctypes.data, len(jobs))
+            return _run(self._shared.control, jobs.ctypes.data, len(jobs), stop)
 
     def close(self) -> None:
         """End the threads, after the job that may be running; `run` raises RequestError then."""

@@ -5,7 +5,8 @@ As soon as the mask is known, the CPU's part of it and the FFN's input go to pin
 goes on with its own rows while the CPU does its part, which is added at the end. Layers wholly on
 the CPU are the last ones: x goes there once, and comes back for the head.
 
-A token on its own is replayed as graphs, cut where the host has something to do (tape.py).
+A token on its own is replayed as graphs, cut where the host has something to do (tape.py,
+ahead.py).
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Plan
+from ..backend import Plan, Residency
 from ..cpu.operators import CPU
 from ..footprint import BLOCK, workspace
 from ..formats import U8Array
 from ..plan import Placement
+from .ahead import AheadTape
 from .device import Device, Slab, Uploader
 from .launches import Builder, Launches, LayerLaunches
 from .loading import Loader
-from .replace import Replacer, Residency
+from .replace import BlockResidency, Replacer
 from .streaming import Streaming
 from .tape import Tape
 
@@ -58,7 +60,11 @@ class CUDA:
         self.cpu = CPU(plan, threads, notify)
 
         stream = device.stream()
-        self._tape = Tape(stream)
+        self._tape = (
+            AheadTape(stream, self.cpu.pool, device, notify)
+            if device.has_wait_value
+            else Tape(stream, self.cpu.pool)
+        )
         self._slab = Slab(device, placement.slab)
         stream.memset(self._slab.address, 0, self._slab.size)
         load = Loader(self._slab, Uploader(device, stream, progress))
@@ -190,10 +196,11 @@ class CUDA:
         """Return a layer's launches for as many tokens as the step has."""
         return self._streaming.launches(il, self._n) or self._layers[il]
 
-    def residency(self) -> Residency | None:
+    def residency(self) -> BlockResidency | None:
         return self._replacer.residency() if self.plan.mode == "predicted" else None
 
     def use(self, text: Residency | None) -> None:
+        assert text is None or isinstance(text, BlockResidency), "of another backend"
         self._replacer.use(text, self._n)
 
     def embed(self) -> None:
@@ -282,25 +289,15 @@ class CUDA:
             self._streaming.run(il, self._replacer.slots[il], self._n)
         if layer.has_cold:
             self._tape.wait("cold")
-            self._tape.host(self._cold(il))
+            part = functools.partial(self.cpu.ffn_part, il)
+            if self._is_capturing:
+                self._tape.jobs(self.cpu.calls(part))
+            else:
+                part()
+            self._tape.resume("cold")
             row = self._part[0].nbytes
             self._tape.copy(self._at["host_part"], self._part_at, row * self._n)
         self._run(layer.ffn_add)
-
-    def _cold(self, il: int) -> Callable[[], Any]:
-        """Return what does the CPU's part of an FFN."""
-
-        def run() -> None:
-            self.cpu.pack_h()
-            self.cpu.ffn(il)
-
-        jobs, part = self.cpu.capture(run) if self._is_capturing else run, self._part[: self._n]
-
-        def cold() -> None:
-            part[:] = 0
-            jobs()
-
-        return cold
 
     def audit(self, il: int) -> None:
         # Now and then, of one token: the CPU has all rows of the decider, and show() has been
@@ -379,9 +376,9 @@ class CUDA:
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
         def split() -> None:
             # The CPU's layers are the last ones: what they do comes after all else.
-            jobs = self.cpu.capture(run)
+            calls = self.cpu.calls(run)
             if self._n_gpu < len(self.plan.weights.layers):
-                self._tape.host(jobs)
+                self._tape.jobs(calls)
 
         return self._captured(split)
 

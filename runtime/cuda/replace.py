@@ -28,17 +28,15 @@ COST, HORIZON = 4.0, HALF_LIFE
 MOST = 8 << 20  # bytes that move in a turn, or one block: a few ms of the host's time
 STAGING = 1 << 20  # bytes of one of two buffers
 
-Tables = list[np.ndarray]  # of slots, for each layer: int32 [n_blocks]
 
-
-class Residency:
+class BlockResidency:
     """The blocks that one text has on the device, and how often it has needed each.
 
-    `slots` changes only in take_turn(), between forward passes.
+    `slots`: tables as of LayerPlacement, for each layer; they change only in take_turn().
     """
 
     def __init__(self, first: Sequence[np.ndarray]) -> None:
-        self.slots: Tables = [slot.copy() for slot in first]
+        self.slots = [slot.copy() for slot in first]
         self.counted = np.zeros((len(first), len(first[0])), np.int64)  # since the last turn
         self.n_tok = 0  # since the last turn
         self.is_due = False
@@ -92,9 +90,9 @@ class Replacer:
     ) -> None:
         self._device, self._stream = device, stream
         self._layers, self._first = layers, first
-        self.slots: Tables = [slot.copy() for slot in first]
+        self.slots = [slot.copy() for slot in first]
         self._stale: set[int] = set()  # layers whose tables on the device are others
-        self._text: Residency | None = None  # whose the passes are
+        self._text: BlockResidency | None = None  # whose the passes are
         self._is_there = True  # all that it wants
         self._is_moving = False
         self._heat_at, shape = heat, (len(first), len(first[0]))
@@ -119,12 +117,12 @@ class Replacer:
             for layer in self._layers
         ]
 
-    def residency(self) -> Residency | None:
+    def residency(self) -> BlockResidency | None:
         """Return where a new text has its blocks; None where none can move."""
         can_move = any((slot < 0).any() and (slot >= 0).any() for slot in self._first)
-        return Residency(self._first) if can_move else None
+        return BlockResidency(self._first) if can_move else None
 
-    def use(self, text: Residency | None, n_tok: int) -> None:
+    def use(self, text: BlockResidency | None, n_tok: int) -> None:
         """Have the blocks there, and count, for the next pass of a text; None: as at first."""
         if text is not self._text:
             self._count()
@@ -148,7 +146,7 @@ class Replacer:
             self._text.counted += now - self._seen
         self._seen = now
 
-    def _move(self, wanted: Tables) -> None:
+    def _move(self, wanted: Sequence[np.ndarray]) -> None:
         """Queue what brings every block to its place, and the tables that say so.
 
         Whatever has come of it when Ctrl-C ends it, `slots` says no more than is true.

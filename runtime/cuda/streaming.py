@@ -129,6 +129,7 @@ class Streaming:
                 self._layers[il].resident.biases,
                 self._act + 4 * BLOCK * place * self._n_tok_max,
             )
+            assert end <= self._at[turn] + self._nbytes
             # Where nothing is resident, nobody has begun the sums.
             launches = self._builder.window(window, ADD if place else STORE)
             self._made[key] = window, launches

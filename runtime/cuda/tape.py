@@ -1,25 +1,27 @@
 """What is done for a token, in order: work queued on the device, and the host's in between.
 
 A tape is played as it is made, or, while capturing, kept: the device's work as graphs, cut where
-the host has something to do. So the operators are written once, for both.
+the host has something to do. So the operators are written once, for both. In this way the host
+waits for the device between graphs; ahead.py has another, for devices that can wait for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
+from ..cpu.pool import Call, Pool, program
 from .device import Event, Graph, Stream, wait_until
 
 
 class Tape:
-    """The queue of a stream, and marks in it that the host waits for."""
+    """The queue of a stream, marks in it that the host waits for, and what `pool` does then."""
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
+    def __init__(self, stream: Stream, pool: Pool) -> None:
+        self.stream, self.pool = stream, pool
         self._marks: dict[str, Event] = {}
         self._steps: list[Callable[[], Any]] | None = None  # while capturing
         self._open = ExitStack()  # the graph that is being captured
@@ -57,8 +59,15 @@ class Tape:
         if self._steps is None:
             work()
         else:
-            self._cut()
-            self._steps.append(work)
+            self._step(work)
+
+    def jobs(self, calls: Sequence[Call]) -> None:
+        """Let the CPU do jobs when it has waited for what they need."""
+        jobs = program(calls)
+        self.host(lambda: self.pool.run(jobs))
+
+    def resume(self, name: str) -> None:
+        """Let what is queued from here on find the jobs done that waited for a mark."""
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], None]:
         """Return what repeats the device's and the host's work that `run` asks for."""
@@ -81,6 +90,12 @@ class Tape:
         """Capture what follows, if we are capturing."""
         if self._steps is not None and self._graph is None:
             self._graph = self._open.enter_context(self.stream.capture())
+
+    def _step(self, work: Callable[[], Any]) -> None:
+        """Keep something to do between graphs."""
+        assert self._steps is not None
+        self._cut()
+        self._steps.append(work)
 
     def _cut(self) -> None:
         """End the graph that is being captured, if there is one."""

@@ -21,8 +21,12 @@ struct Region;
 #endif
 
 #define __global__
-#define __device__
 #define __host__
+#ifdef CUSIM_CHECK
+#define __device__ __attribute__((always_inline))  // so that it is known who called
+#else
+#define __device__
+#endif
 #define __constant__ static const
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))

@@ -77,17 +77,18 @@ KERNEL no_barrier_before_writing(const test_args p) {
         if (!p.wrong) __syncthreads();
     }
 }
+// Of those that meet, the simulator lets the last one, thread 63, go on first, and so 31 last.
 KERNEL write_after_reads(const test_args p) {
     __shared__ int s;
     if (threadIdx.x == 0) s = p.x[0];
     __syncthreads();
     const int x = s;  // write_after_reads, the other
     if (!p.wrong) __syncthreads();
-    if (threadIdx.x == 63) s = x + 1;  // write_after_reads
+    if (threadIdx.x == 31) s = x + 1;  // write_after_reads
     __syncthreads();
     p.y[threadIdx.x] = x + s;
 }
-// Of those that meet, the simulator lets the last one, lane 31, go on first.
+// Here 31 goes on first.
 KERNEL write_of_the_first_reader(const test_args p) {
     __shared__ int s[2];
     int& mine = s[threadIdx.x / 32];

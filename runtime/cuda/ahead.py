@@ -1,0 +1,188 @@
+"""Decoding without the host between graphs: what a token needs is queued ahead, and device and
+CPU wait for each other.
+
+Where the CPU has a part of the work there is an exchange of two words in pinned memory. The device
+writes a flag when it has sent what the part needs, and waits for an answer before what uses it. The
+CPU's parts are one program of the pool, in which a job polls the flag, and another answers.
+
+The words are numbers that grow from exchange to exchange, so that none is ever reset. Nothing
+waits for ever: a poll that has waited some milliseconds ends the program, for Python to look after
+Ctrl-C, a failed device and the time-out, and to go on from there; and whatever ends a token, the
+last of its answers is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..cpu.block import address, build, layout
+from ..cpu.jit import arg, inline, job, load_kernels
+from ..cpu.pool import Call, Pool, Program, finish, program, take, wait
+from ..cpu.simd import atomic_load, atomic_store, load_i64, pause, yield_core
+from .device import Device, Stream, wait_until
+from .tape import Tape
+
+PATIENCE = 20_000  # looks at a flag before Python may see to things: some 10 ms
+# Launches and copies that are queued behind one that waits for the CPU, some 8 layers; then the CPU
+# does its part. A driver's queue is finite (1024 launches, as is said), and stops whoever fills it
+# until the device goes on: for ever, if that waits for who has been stopped.
+DEPTH = 128
+
+_SPINS = 1000  # looks before the core is offered to others
+_LINE = 64  # bytes
+
+EXCHANGE = layout("flag answer base number patience stop")
+
+
+@inline
+def _value(args):
+    """Return the number of an exchange: in a token, from where the token's numbers begin."""
+    return load_i64(arg(args, EXCHANGE.base)) + arg(args, EXCHANGE.number)
+
+
+@job
+def await_flag(args, control, epoch, thread):
+    """Wait for the device to come to an exchange; stop = whether that takes too long."""
+    while take(control, 0, epoch, 1) >= 0:
+        flag, value, looks = arg(args, EXCHANGE.flag), _value(args), 0
+        # Of the flag the device writes the lower 32 bits, which wrap.
+        while (atomic_load(flag) - value) & 0x80000000 and looks < arg(args, EXCHANGE.patience):
+            looks += 1
+            pause()
+            if looks > _SPINS:
+                yield_core()
+        is_late = (atomic_load(flag) - value) & 0x80000000
+        atomic_store(arg(args, EXCHANGE.stop), is_late)
+        finish(control, 0)
+    wait(control, 0, epoch, 1)
+
+
+@job
+def answer(args, control, epoch, thread):
+    """Let the device go on: all jobs of an exchange are done."""
+    while take(control, 0, epoch, 1) >= 0:
+        atomic_store(arg(args, EXCHANGE.answer), _value(args))
+        finish(control, 0)
+    wait(control, 0, epoch, 1)
+
+
+class AheadTape(Tape):
+    """A tape whose captures go without the host; `device` must have wait values.
+
+    `notify` is told what takes long.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        pool: Pool,
+        device: Device,
+        notify: Callable[[str], Any] = lambda _: None,
+    ) -> None:
+        super().__init__(stream, pool)
+        load_kernels([await_flag, answer], notify)
+        words, at = device.pinned(2 * _LINE)  # a line each: one is written while one is polled
+        self._flag, self._answer = (words[i * _LINE :][:8].view(np.int64) for i in range(2))
+        self._flag_at, self._answer_at = at, at + _LINE
+        self._base, self._stop = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self._last = 0  # number of the last exchange there was
+        self._blocks: list[np.ndarray] = []  # that programs point to
+        # While capturing: the numbers of marks, and of the last exchange; jobs that are not yet in
+        # a step, and how much has been queued since the first of them.
+        self._numbers: dict[str, int] = {}
+        self._n = 0
+        self._calls: list[Call] = []
+        self._queued = 0
+
+    def mark(self, name: str) -> None:
+        if self._steps is None:
+            super().mark(name)
+            return
+        self._n += 1
+        number = self._numbers[name] = self._n
+        self._step(lambda: self.stream.write_value(self._flag_at, int(self._base[0]) + number))
+
+    def wait(self, name: str) -> None:
+        if self._steps is None:
+            super().wait(name)
+        else:
+            self._exchange(await_flag.address, self._numbers[name])
+
+    def host(self, work: Callable[[], Any]) -> None:
+        if self._steps is not None:
+            self._work_so_far()
+        super().host(work)
+
+    def jobs(self, calls: Sequence[Call]) -> None:
+        if self._steps is None:
+            super().jobs(calls)
+        else:
+            self._calls += calls
+
+    def resume(self, name: str) -> None:
+        if self._steps is None:
+            return
+        number = self._numbers[name]
+        self._exchange(answer.address, number)
+        self._step(lambda: self.stream.wait_value(self._answer_at, int(self._base[0]) + number))
+
+    def capture(self, run: Callable[[], Any]) -> Callable[[], None]:
+        def whole() -> None:
+            run()
+            self._work_so_far()
+
+        self._n, self._calls, self._queued = 0, [], 0
+        steps, n = super().capture(whole), self._n
+
+        def play() -> None:
+            self._base[0], self._last = self._last, self._last + n
+            try:
+                steps()
+            finally:
+                self._answer[0] = self._last  # if it has failed, the device must not wait for ever
+
+        return play
+
+    def _go_on(self) -> None:
+        if self._calls:
+            self._queued += 1
+            if self._queued > DEPTH:
+                self._work_so_far()
+        super()._go_on()
+
+    def _exchange(self, function: int, number: int) -> None:
+        """Let the CPU do its part of an exchange at this point of the program."""
+        block = build(
+            EXCHANGE,
+            flag=self._flag,
+            answer=self._answer,
+            base=self._base,
+            number=number,
+            patience=PATIENCE,
+            stop=self._stop,
+        )
+        self._blocks.append(block)
+        self._calls.append((function, address(block)))
+
+    def _work_so_far(self) -> None:
+        """Let the CPU do its part of what has been queued."""
+        if self._calls:
+            jobs, self._calls, self._queued = program(self._calls), [], 0
+            self._step(lambda: self._work(jobs))
+
+    def _work(self, jobs: Program) -> None:
+        """Do the jobs. DeviceError if a flag does not come."""
+        done = 0
+
+        def goes_on() -> bool:
+            nonlocal done
+            self.stream.is_done()  # raises what the device has died of; some drivers send work now
+            n = self.pool.run(jobs[done:], address(self._stop))
+            done += n
+            return n > 0
+
+        while done < len(jobs):
+            wait_until(goes_on)

@@ -1,0 +1,253 @@
+"""Decoding that is queued ahead: the same bits as with a host between graphs; and no wait hangs."""
+
+import functools
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from cuda_engine import on_gpu
+from cusim import sim
+from fake_device import FakeDevice, FakeStream, simulator
+from powerinfer.runtime.cpu.pool import Pool
+from powerinfer.runtime.cuda import ahead, operators
+from powerinfer.runtime.cuda import device as seam
+from powerinfer.runtime.cuda.device import DeviceError
+from test_cuda_hybrid import KINDS, decoded, hybrid, model, survives  # noqa: F401
+
+pytestmark = pytest.mark.skipif(bool(sim.unavailable()), reason=sim.unavailable())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    """Compiled once, and not in the time of a test."""
+    return simulator()
+
+
+@pytest.fixture
+def right(model):  # noqa: F811
+    """Return a function: the logits that a kind of model gives where the host is in the loop."""
+
+    def find(path, where):
+        with hybrid(path, where, FakeDevice(has_wait_value=False)) as llm:
+            return decoded(llm)
+
+    return find
+
+
+def of_kind(model, kind):  # noqa: F811
+    name, share, n_layer = KINDS[kind]
+    return model(name, "q4_0"), on_gpu(share, n_layer)
+
+
+@pytest.mark.parametrize("depth", [1, 4, 128])
+@pytest.mark.parametrize(
+    "kind", ["llama", "falcon 7b", "falcon, one layer", "opt", "no neurons", "biases, one layer"]
+)
+def test_the_same_bits_in_any_interleaving(kind, depth, model, right, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(ahead, "DEPTH", depth)
+    path, where = of_kind(model, kind)
+    device, expected = FakeDevice(depth), right(path, where)
+    with hybrid(path, where, device) as llm:
+        for eagerness in np.linspace(0, 0.95, 6):
+            device.eagerness = eagerness
+            assert np.array_equal(decoded(llm), expected)
+
+
+@pytest.mark.parametrize(("depth", "n_programs"), [(0, 2), (128, 1)])
+def test_the_queue_is_not_filled(depth, n_programs, model, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(ahead, "DEPTH", depth)
+    programs, work = [], ahead.AheadTape._work
+
+    def noting_work(tape, jobs):
+        programs.append(jobs)
+        work(tape, jobs)
+
+    monkeypatch.setattr(ahead.AheadTape, "_work", noting_work)
+    with hybrid(*of_kind(model, "llama")) as llm:
+        decoded(llm, 1)
+    assert len(programs) == n_programs
+
+
+@pytest.mark.parametrize("start", [2**31 - 5, 2**32 - 5])
+def test_numbers_wrap(start, model, right):  # noqa: F811
+    path, where = of_kind(model, "llama")
+    with hybrid(path, where) as llm:
+        tape = llm._ops._tape
+        tape._flag[0] = tape._answer[0] = tape._last = start
+        assert np.array_equal(decoded(llm, 5)[:4], right(path, where))
+        assert tape._last == start + 2 * 5
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon, one layer"])
+def test_a_token_is_one_program(kind, model, right, monkeypatch):  # noqa: F811
+    """While the device goes on by itself, the CPU waits in its jobs, and Python does nothing."""
+    path, where = of_kind(model, kind)
+    device, expected, stops = FakeDevice(), right(path, where), []
+    device.patience, lock, is_over = 50_000_000, threading.Lock(), threading.Event()
+    poll, run = device.poll, Pool.run
+
+    def locked_poll():
+        with lock:
+            poll()
+
+    def go_on():
+        while not is_over.is_set():
+            locked_poll()
+            time.sleep(0)
+
+    def noting_run(pool, jobs, stop=0):
+        stops.append(stop)
+        return run(pool, jobs, stop)
+
+    with hybrid(path, where, device) as llm:
+        monkeypatch.setattr(device, "poll", locked_poll)
+        monkeypatch.setattr(Pool, "run", noting_run)
+        thread = threading.Thread(target=go_on)
+        thread.start()
+        try:
+            found = decoded(llm)
+        finally:
+            is_over.set()
+            thread.join()
+    assert np.array_equal(found, expected)
+    assert np.count_nonzero(stops) == 3  # a token each
+
+
+LEFT_OUT = {  # owner, name, in which method of operators.CUDA
+    "the device's wait for the CPU's part": (FakeStream, "wait_value", None),
+    "the CPU's wait for what its part needs": (ahead.AheadTape, "wait", "ffn"),
+    "the CPU's wait for x of its layers": (ahead.AheadTape, "wait", "_layer"),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_every_wait_is_needed(what, model, right, monkeypatch):  # noqa: F811
+    path, where = of_kind(model, "biases, one layer")
+    expected, inside = right(path, where), []
+    owner, name, method = LEFT_OUT[what]
+    if method is not None:
+        real_method, real = getattr(operators.CUDA, method), getattr(owner, name)
+
+        def noting(*args):
+            inside.append(method)
+            try:
+                return real_method(*args)
+            finally:
+                inside.pop()
+
+        def wait(tape, mark):
+            if not inside or tape._steps is None:
+                real(tape, mark)
+
+        monkeypatch.setattr(operators.CUDA, method, noting)
+    else:
+
+        def wait(*_):
+            return None
+
+    def is_right(*how):
+        with hybrid(path, where, FakeDevice(*how)) as llm:
+            return np.array_equal(decoded(llm), expected)
+
+    assert is_right(1, 0.5)
+    monkeypatch.setattr(owner, name, wait)
+    late = [functools.partial(is_right, *how) for how in ((0, 0), (1, 0.5))]
+    assert not all(map(survives, late))
+
+
+# ---- what goes wrong ----
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """What does not answer is given up soon."""
+    soon = functools.partial(seam.wait_until, timeout_s=0.3)
+    monkeypatch.setattr(ahead, "wait_until", soon)
+
+
+def test_a_flag_that_does_not_come(model, right, at_once, monkeypatch):  # noqa: F811
+    """It is a sentence; and what the device was waiting for then comes, so that it goes on."""
+    path, where = of_kind(model, "llama")
+    expected = right(path, where)
+    with hybrid(path, where) as llm:
+        with monkeypatch.context() as patched:
+            patched.setattr(FakeStream, "write_value", lambda *_: None)
+            for _ in range(2):
+                with pytest.raises(DeviceError, match="the GPU does not answer: nothing came"):
+                    decoded(llm)
+        assert np.array_equal(decoded(llm), expected)
+
+
+def test_an_answer_that_does_not_come(model, right, at_once, monkeypatch):  # noqa: F811
+    path, where = of_kind(model, "llama")
+    expected, work = right(path, where), ahead.AheadTape._work
+
+    def without_answers(tape, jobs):
+        kept = jobs[jobs[:, 0] != ahead.answer.address]
+        assert len(kept) < len(jobs)
+        work(tape, kept)
+
+    with hybrid(path, where) as llm:
+        with monkeypatch.context() as patched:
+            patched.setattr(ahead.AheadTape, "_work", without_answers)
+            with pytest.raises(DeviceError, match="the GPU does not answer: nothing came"):
+                decoded(llm)
+        assert np.array_equal(decoded(llm), expected)
+
+
+@pytest.mark.parametrize("later", [1, 30, 60])
+def test_a_real_ctrl_c_while_the_device_hangs(later, model, right):  # noqa: F811
+    path, where = of_kind(model, "llama")
+    device, expected = FakeDevice(), right(path, where)
+    with hybrid(path, where, device) as llm:
+        before = device.n_run
+        decoded(llm, 0)
+        prompt = device.n_run - before
+        device.patience = 20_000
+        device.hangs_after = device.n_run + prompt + later
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                decoded(llm)
+        finally:
+            timer.join()
+        device.hangs_after = float("inf")
+        assert np.array_equal(decoded(llm), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon, one layer"])
+def test_ctrl_c_and_failures_wherever_queueing_is(kind, model, right, monkeypatch):  # noqa: F811
+    """The token ends with what has been raised; the next ones are as if nothing had been."""
+    path, where = of_kind(model, kind)
+    expected, n_calls, at = right(path, where), [0], [-1]
+
+    def counting(real, error):
+        def call(*args):
+            n_calls[0] += 1
+            if n_calls[0] == at[0]:
+                raise error
+            return real(*args)
+
+        return call
+
+    with hybrid(path, where) as llm:
+        for error in (KeyboardInterrupt(), DeviceError("it is out of memory")):
+            with monkeypatch.context() as patched:
+                for owner, name in (
+                    (FakeStream, "write_value"),
+                    (FakeStream, "wait_value"),
+                    (Pool, "run"),
+                ):
+                    patched.setattr(owner, name, counting(getattr(owner, name), error))
+                n_calls[0] = 0
+                decoded(llm, 1)
+                for number in range(1, n_calls[0] + 1, n_calls[0] // 8 + 1):
+                    n_calls[0], at[0] = 0, number
+                    with pytest.raises(type(error)):
+                        decoded(llm, 1)
+                    at[0] = -1
+                    assert np.array_equal(decoded(llm, 1), expected[:2])
