@@ -11,6 +11,7 @@ import pytest
 from cuda_engine import on_gpu
 from cusim import sim
 from fake_device import FakeDevice, FakeStream, simulator
+from powerinfer.runtime.cpu import exchange
 from powerinfer.runtime.cpu.pool import Pool
 from powerinfer.runtime.cuda import ahead, operators
 from powerinfer.runtime.cuda import device as seam
@@ -186,7 +187,7 @@ def test_an_answer_that_does_not_come(model, right, at_once, monkeypatch):  # no
     expected, work = right(path, where), ahead.AheadTape._work
 
     def without_answers(tape, jobs):
-        kept = jobs[jobs[:, 0] != ahead.answer.address]
+        kept = jobs[jobs[:, 0] != exchange.answer.address]
         assert len(kept) < len(jobs)
         work(tape, kept)
 

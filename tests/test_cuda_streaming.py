@@ -48,7 +48,7 @@ SHAPES = {
         architecture="FalconForCausalLM",
         extra={"new_decoder_architecture": True},
     ),
-    "opt": tiny.Tiny(n_ff=352, architecture="OPTForCausalLM"),
+    "opt, wide": tiny.Tiny(n_ff=352, architecture="OPTForCausalLM"),
 }
 
 
