@@ -10,6 +10,7 @@ from .gguf import GGUFFile, ValueType
 
 Mode = Literal["exact", "predicted", "dense"]
 Isa = Literal["auto", "amx", "avx512vnni", "avx2", "generic"]
+BackendName = Literal["auto", "numpy", "cpu", "cuda"]
 
 # FFN activations. Of the first a neuron is exactly silent for most tokens:
 #   relu; fatrelu(x) = x if x >= t else 0; drelu = relu(gate) * relu(up); relu2 = relu(x)^2
@@ -189,7 +190,7 @@ class RunOptions:
     threads: int | None = None  # None: one per physical core
     context: int | None = None  # tokens; None: min(trained context, 4096)
     mode: Mode | None = None  # None: predicted if the file has predictors, else exact
-    backend: Literal["auto", "numpy", "cpu", "cuda"] = "auto"  # auto: cuda if there is a GPU
+    backend: BackendName = "auto"  # auto: cuda if there is a GPU
     kv_type: Literal["auto", "f32", "f16"] = "auto"  # auto: f32 for F32 weights, else f16
     sparse_threshold: float | None = None  # overrides the file's
     vram_budget: float | None = None  # GiB; None: what is free, less a reserve; 0: CPU only
@@ -213,7 +214,7 @@ class RunOptions:
         check("threads", threads is None or whole(threads, 1, MAX_THREADS), "1 to 512")
         check("context", context is None or whole(context, 1, MAX_CONTEXT), "1 to 4194304")
         modes, types = get_args(Mode), ("auto", "f32", "f16")
-        backends = ("auto", "numpy", "cpu", "cuda")
+        backends = get_args(BackendName)
         check("mode", self.mode is None or self.mode in modes, f"one of {', '.join(modes)}")
         check("backend", self.backend in backends, f"one of {', '.join(backends)}")
         check("kv_type", self.kv_type in types, f"one of {', '.join(types)}")

@@ -28,7 +28,7 @@ from .step import COUNTS, Buffers, Step, rope_table
 from .text import Continuation, TextStream
 from .tokenizer import load_tokenizer
 from .traffic import Traffic, traffic
-from .weights import Model, load_model
+from .weights import Model, Weights, load_model
 
 DEFAULT_CONTEXT = 4096
 N_OUT = 32  # tokens whose logits are computed at once
@@ -74,8 +74,8 @@ class Engine:
                 f"{self.file.path}: {self.tokenizer.n_vocab} tokens in the vocabulary, "
                 f"{self.config.n_vocab} in the embedding"
             )
-        self.context = _choose_context(self.config, self.options)
-        self.mode = _choose_mode(model, self.options)
+        self.context = choose_context(self.config, self.options)
+        self.mode = choose_mode(model, self.options)
         self._plan = self._make_plan()
         self._ops = _make_backend(model, self._plan, self.options, notify)
         self.backend = self._ops.name
@@ -91,9 +91,7 @@ class Engine:
         c = self.config
         n_seq, pages = self.options.sequences, -(-self.context // PAGE)  # whole ones for each
         chunk = max(n_seq, min(self.options.chunk, self.context))
-        f32 = self.options.kv_type == "f32" or (
-            self.options.kv_type == "auto" and self.weights.layers[0].wq.type is GGMLType.F32
-        )
+        f32 = has_f32_cache(self.weights, self.options)
         factors = self.weights.rope_factors
         override = self.options.sparse_threshold
         return Plan(
@@ -432,7 +430,14 @@ class Engine:
                 scheduler.cancel(request)
 
 
-def _choose_context(config: ModelConfig, options: RunOptions) -> int:
+def has_f32_cache(weights: Weights, options: RunOptions) -> bool:
+    """Return whether the KV cache is float32; else it is float16."""
+    is_f32 = weights.layers[0].wq.type is GGMLType.F32
+    return options.kv_type == "f32" or (options.kv_type == "auto" and is_f32)
+
+
+def choose_context(config: ModelConfig, options: RunOptions) -> int:
+    """Return the context asked for, or the trained one up to DEFAULT_CONTEXT. RequestError."""
     if config.traits.rope == "none" and (options.context or 0) > config.n_ctx_train:
         raise RequestError(
             f"a context of {options.context} tokens is not possible: this model has learned "
@@ -446,7 +451,7 @@ def is_sparse(model: Model) -> bool:
     return model.config.activation in SPARSE_ACTIVATIONS and model.weights.is_transposed
 
 
-def _choose_mode(model: Model, options: RunOptions) -> Mode:
+def choose_mode(model: Model, options: RunOptions) -> Mode:
     """Return the mode asked for, or the best that the model allows."""
     path, weights = model.file.path, model.weights
     if options.mode is None:

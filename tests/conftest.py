@@ -219,3 +219,21 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text((DEMO / "heldout.txt").read_text("utf-8")[:4000], encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def model(tiny_gguf, tmp_path_factory):
+    """(name, type, predictors, keys) -> a tiny model stored hot-first."""
+    from cuda_engine import hot_first
+
+    made = {}
+
+    def make(name, outtype, predictors=True, **keys):
+        key = (name, outtype, predictors, *keys)
+        if key not in made:
+            path = tmp_path_factory.mktemp("hybrid") / f"{name}.{outtype}.gguf"
+            source = tiny_gguf(name, outtype, predictors)
+            made[key] = hot_first(source, path, tiny.MODELS[name], **keys)
+        return made[key]
+
+    return make

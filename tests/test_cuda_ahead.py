@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from cuda_engine import on_gpu
+from cuda_engine import KINDS, decoded, hybrid, on_gpu, survives
 from cusim import sim
 from fake_device import FakeDevice, FakeStream, simulator
 from powerinfer.runtime.cpu import exchange
@@ -16,7 +16,6 @@ from powerinfer.runtime.cpu.pool import Pool
 from powerinfer.runtime.cuda import ahead, operators
 from powerinfer.runtime.cuda import device as seam
 from powerinfer.runtime.cuda.device import DeviceError
-from test_cuda_hybrid import KINDS, decoded, hybrid, model, survives  # noqa: F401
 
 pytestmark = pytest.mark.skipif(bool(sim.unavailable()), reason=sim.unavailable())
 
@@ -28,7 +27,7 @@ def kernels():
 
 
 @pytest.fixture
-def right(model):  # noqa: F811
+def right(model):
     """Return a function: the logits that a kind of model gives where the host is in the loop."""
 
     def find(path, where):
@@ -38,7 +37,7 @@ def right(model):  # noqa: F811
     return find
 
 
-def of_kind(model, kind):  # noqa: F811
+def of_kind(model, kind):
     name, share, n_layer = KINDS[kind]
     return model(name, "q4_0"), on_gpu(share, n_layer)
 
@@ -47,7 +46,7 @@ def of_kind(model, kind):  # noqa: F811
 @pytest.mark.parametrize(
     "kind", ["llama", "falcon 7b", "falcon, one layer", "opt", "no neurons", "biases, one layer"]
 )
-def test_the_same_bits_in_any_interleaving(kind, depth, model, right, monkeypatch):  # noqa: F811
+def test_the_same_bits_in_any_interleaving(kind, depth, model, right, monkeypatch):
     monkeypatch.setattr(ahead, "DEPTH", depth)
     path, where = of_kind(model, kind)
     device, expected = FakeDevice(depth), right(path, where)
@@ -58,7 +57,7 @@ def test_the_same_bits_in_any_interleaving(kind, depth, model, right, monkeypatc
 
 
 @pytest.mark.parametrize(("depth", "n_programs"), [(0, 2), (128, 1)])
-def test_the_queue_is_not_filled(depth, n_programs, model, monkeypatch):  # noqa: F811
+def test_the_queue_is_not_filled(depth, n_programs, model, monkeypatch):
     monkeypatch.setattr(ahead, "DEPTH", depth)
     programs, work = [], ahead.AheadTape._work
 
@@ -73,7 +72,7 @@ def test_the_queue_is_not_filled(depth, n_programs, model, monkeypatch):  # noqa
 
 
 @pytest.mark.parametrize("start", [2**31 - 5, 2**32 - 5])
-def test_numbers_wrap(start, model, right):  # noqa: F811
+def test_numbers_wrap(start, model, right):
     path, where = of_kind(model, "llama")
     with hybrid(path, where) as llm:
         tape = llm._ops._tape
@@ -83,7 +82,7 @@ def test_numbers_wrap(start, model, right):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["llama", "falcon, one layer"])
-def test_a_token_is_one_program(kind, model, right, monkeypatch):  # noqa: F811
+def test_a_token_is_one_program(kind, model, right, monkeypatch):
     """While the device goes on by itself, the CPU waits in its jobs, and Python does nothing."""
     path, where = of_kind(model, kind)
     device, expected, stops = FakeDevice(), right(path, where), []
@@ -125,7 +124,7 @@ LEFT_OUT = {  # owner, name, in which method of operators.CUDA
 
 
 @pytest.mark.parametrize("what", LEFT_OUT)
-def test_every_wait_is_needed(what, model, right, monkeypatch):  # noqa: F811
+def test_every_wait_is_needed(what, model, right, monkeypatch):
     path, where = of_kind(model, "biases, one layer")
     expected, inside = right(path, where), []
     owner, name, method = LEFT_OUT[what]
@@ -169,7 +168,7 @@ def at_once(monkeypatch):
     monkeypatch.setattr(ahead, "wait_until", soon)
 
 
-def test_a_flag_that_does_not_come(model, right, at_once, monkeypatch):  # noqa: F811
+def test_a_flag_that_does_not_come(model, right, at_once, monkeypatch):
     """It is a sentence; and what the device was waiting for then comes, so that it goes on."""
     path, where = of_kind(model, "llama")
     expected = right(path, where)
@@ -182,7 +181,7 @@ def test_a_flag_that_does_not_come(model, right, at_once, monkeypatch):  # noqa:
         assert np.array_equal(decoded(llm), expected)
 
 
-def test_an_answer_that_does_not_come(model, right, at_once, monkeypatch):  # noqa: F811
+def test_an_answer_that_does_not_come(model, right, at_once, monkeypatch):
     path, where = of_kind(model, "llama")
     expected, work = right(path, where), ahead.AheadTape._work
 
@@ -200,7 +199,7 @@ def test_an_answer_that_does_not_come(model, right, at_once, monkeypatch):  # no
 
 
 @pytest.mark.parametrize("later", [1, 30, 60])
-def test_a_real_ctrl_c_while_the_device_hangs(later, model, right):  # noqa: F811
+def test_a_real_ctrl_c_while_the_device_hangs(later, model, right):
     path, where = of_kind(model, "llama")
     device, expected = FakeDevice(), right(path, where)
     with hybrid(path, where, device) as llm:
@@ -221,7 +220,7 @@ def test_a_real_ctrl_c_while_the_device_hangs(later, model, right):  # noqa: F81
 
 
 @pytest.mark.parametrize("kind", ["llama", "falcon, one layer"])
-def test_ctrl_c_and_failures_wherever_queueing_is(kind, model, right, monkeypatch):  # noqa: F811
+def test_ctrl_c_and_failures_wherever_queueing_is(kind, model, right, monkeypatch):
     """The token ends with what has been raised; the next ones are as if nothing had been."""
     path, where = of_kind(model, kind)
     expected, n_calls, at = right(path, where), [0], [-1]

@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import faulthandler
 import functools
-import os
 from types import SimpleNamespace
 from unittest import mock
 
@@ -12,122 +10,43 @@ import numpy as np
 import pytest
 import tiny
 from conftest import convert
-from cuda_engine import close_enough, on_cpu, on_gpu, relative
+from cuda_engine import (
+    IDS,
+    KINDS,
+    Recorder,
+    close_enough,
+    decoded,
+    hot_first,
+    hybrid,
+    on_cpu,
+    on_gpu,
+    relative,
+    retyped,
+    same_reading,
+    survives,
+)
 from cusim import sim
 from fake_device import FakeDevice, FakeStream, simulator
 from powerinfer.predictors.capture import capture
 from powerinfer.predictors.measure import measure
-from powerinfer.predictors.order import Changes, rewrite
-from powerinfer.predictors.profile import Firing, profile
+from powerinfer.predictors.profile import profile
 from powerinfer.runtime import reference
 from powerinfer.runtime.cache import Sequence
-from powerinfer.runtime.config import RunOptions
-from powerinfer.runtime.cuda import ahead, choose, detect, operators, tape
 from powerinfer.runtime.cuda import device as seam
+from powerinfer.runtime.cuda import operators, tape
 from powerinfer.runtime.cuda.device import DeviceError
-from powerinfer.runtime.engine import Engine
 from powerinfer.runtime.errors import RequestError
-from powerinfer.runtime.formats import INTEGER_DOT, GGMLType, encode
-from powerinfer.runtime.gguf import GGUFFile, Value
-from powerinfer.runtime.gguf_writer import GGUFWriter
+from powerinfer.runtime.formats import INTEGER_DOT, GGMLType
+from powerinfer.runtime.gguf import Value
 from powerinfer.runtime.model import Watcher, forward
 
 pytestmark = pytest.mark.skipif(bool(sim.unavailable()), reason=sim.unavailable())
-
-IDS = tiny.token_ids()
-FOUND = detect.Found((detect.FoundGPU(0, "a fake GPU", 1 << 30, (8, 9)),), (13, 0))
-KINDS = {  # model, share of the neurons on the GPU, layers there
-    "llama": ("gqa", 0.3, 2),
-    "llama, all": ("gqa", 1.0, 2),
-    "falcon 7b": ("falcon7", 0.7, 2),
-    "falcon 40b": ("falcon40", 0.3, 2),
-    "falcon, one layer": ("falcon40", 0.7, 1),
-    "opt": ("opt", 0.3, 2),
-    "opt, all": ("opt", 1.0, 2),
-    "drelu": ("bamboo", 0.5, 2),
-    "no neurons": ("mha", 0.0, 2),
-    "biases, one layer": ("bias", 0.5, 1),
-    "tied": ("tied", 0.3, 2),
-    "fatrelu": ("prosparse", 0.5, 2),
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
     """Compiled once, and not in the time of a test."""
     return simulator()
-
-
-@pytest.fixture(scope="module")
-def model(tiny_gguf, tmp_path_factory):
-    """(name, type, predictors, keys) -> a tiny model stored hot-first."""
-    made = {}
-
-    def make(name, outtype, predictors=True, **keys):
-        key = (name, outtype, predictors, *keys)
-        if key not in made:
-            path = tmp_path_factory.mktemp("hybrid") / f"{name}.{outtype}.gguf"
-            source = tiny_gguf(name, outtype, predictors)
-            made[key] = hot_first(source, path, tiny.MODELS[name], **keys)
-        return made[key]
-
-    return make
-
-
-def hot_first(source, path, shape, **keys):
-    """Return a file with a tiny model's neurons as a profile would order them, made up here."""
-    rng = np.random.default_rng(1)
-    frequencies = [rng.random(shape.n_ff, np.float32) for _ in range(shape.n_layer)]
-    orders = [np.argsort(-f, kind="stable").astype(np.int32) for f in frequencies]
-    rewrite(source, path, Changes(Firing(None, orders, frequencies), keys=keys))
-    return path
-
-
-def retyped(source, path, types):
-    """Return a file with some tensors of an f32 model in other types: {name in a layer: type}."""
-    file = GGUFFile(source)
-    of = {
-        t.name: GGMLType[types.get(t.name.split(".", 2)[-1], t.type.name).upper()]
-        for t in file.tensors.values()
-    }
-    with GGUFWriter(path, "llama") as writer:
-        for key, value in file.metadata.items():
-            if key != "general.architecture":
-                writer.add(key, value)
-        for t in file.tensors.values():
-            writer.declare(t.name, of[t.name], t.shape)
-        for t in file.tensors.values():
-            is_same = of[t.name] is t.type
-            writer.write(t.name, t.data if is_same else encode(of[t.name], t.float32()))
-    return path
-
-
-@contextlib.contextmanager
-def hybrid(path, where, device=None, **options):
-    """Open a model on a fake device; `where`: see on_gpu. What it allocates is in the budget."""
-    device = device or FakeDevice(eagerness=0.5)
-    options = {"threads": 2, "context": 96, "chunk": 64, **options}
-    with (
-        mock.patch.object(choose, "open_device", lambda number, notify: device),
-        mock.patch.object(choose, "place", where),
-        mock.patch.object(detect, "find", lambda: FOUND),
-        mock.patch.object(ahead, "PATIENCE", device.patience),
-    ):
-        engine = Engine(path, RunOptions(**options))
-    with engine:
-        yield engine
-        assert engine.backend == "cuda"
-        placement = engine._ops.placement
-        assert device.peak == placement.slab <= placement.used <= placement.budget
-    assert device.live == 0 or device.lost
-
-
-def same_reading(ours, cpu, ids, outtype):
-    """Assert that both compute the same, logits of all tokens, and count the same."""
-    logits = np.empty((2, len(ids), tiny.N_VOCAB), np.float32)
-    counts = ours.read(ids, logits[0]), cpu.read(ids, logits[1])
-    close_enough(*logits, outtype)
-    np.testing.assert_allclose(*counts, rtol=0 if outtype in ("f32", "f16") else 0.02)
 
 
 # ---- what it computes ----
@@ -240,17 +159,6 @@ def test_embedding_on_either_side(share, spare, is_there, model):
 # ---- the order of things ----
 
 
-def decoded(engine, n=3):
-    """Return the logits [1 + n, n_vocab] after a prompt, and after each of the tokens fed then."""
-    sequence, counts = Sequence(), engine.no_counts()
-    try:
-        rows = [engine.feed([(sequence, IDS[:9])], [8], counts)]
-        rows += [engine.feed([(sequence, [token])], [0], counts) for token in IDS[9 : 9 + n]]
-    finally:
-        engine.release(sequence)
-    return np.concatenate(rows)
-
-
 @pytest.mark.parametrize("kind", ["llama", "llama, all", "falcon, one layer"])
 def test_graphs_equal_what_they_were_made_of(kind, model):
     name, share, n_layer = KINDS[kind]
@@ -268,18 +176,6 @@ def test_any_interleaving_gives_the_same(name, model):
         with hybrid(path, on_gpu(0.5, 1), device) as llm:
             found.append(decoded(llm))
     assert all(np.array_equal(x, found[0]) for x in found)
-
-
-class Recorder(Watcher):
-    """Keeps what it is shown."""
-
-    def __init__(self):
-        self.seen = []
-
-    def after_ffn(self, ops, il):
-        b, n = ops.plan.buffers, ops.plan.step.n_tok
-        self.seen += [x[:n].copy() for x in (b.x, b.h, b.scores, b.mask, b.fired)]
-        self.seen.append(np.where(b.fired[:n] != 0, b.act[:n], 0))
 
 
 def everything(path, device, interrupts):
@@ -333,20 +229,6 @@ def inside(monkeypatch):
 
 
 INTERRUPTS = range(1, 60, 7)
-
-
-def survives(is_right):
-    """Return what a function does in a child process, False if it fails there.
-
-    Kernels that are given nonsense may bring their process down.
-    """
-    child = os.fork()
-    if not child:
-        faulthandler.disable()
-        with contextlib.suppress(BaseException):
-            os._exit(0 if is_right() else 1)
-        os._exit(1)
-    return os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("left_out", WAITS)

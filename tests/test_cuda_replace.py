@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import convert, random_predictors
+from cuda_engine import Recorder, close_enough, hybrid, on_cpu, on_gpu, survives
 from cusim import sim
 from fake_device import FakeDevice, FakeStream, simulator
 from powerinfer.predictors.order import Changes, rewrite
@@ -19,7 +20,6 @@ from powerinfer.runtime.cuda.device import Uploader
 from powerinfer.runtime.cuda.loading import Loader, repack
 from powerinfer.runtime.footprint import BLOCK, planes
 from powerinfer.runtime.model import Watcher
-from test_cuda_hybrid import Recorder, close_enough, hybrid, on_cpu, on_gpu, survives
 
 pytestmark = pytest.mark.skipif(bool(sim.unavailable()), reason=sim.unavailable())
 

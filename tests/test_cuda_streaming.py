@@ -7,15 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import tiny
-from cusim import sim
-from fake_device import FakeDevice, FakeStream, simulator
-from powerinfer.runtime import footprint
-from powerinfer.runtime.cache import Sequence
-from powerinfer.runtime.cpu.operators import CPU
-from powerinfer.runtime.cuda import device as seam
-from powerinfer.runtime.cuda import streaming
-from powerinfer.runtime.model import Watcher
-from test_cuda_hybrid import (
+from cuda_engine import (
     Recorder,
     close_enough,
     hot_first,
@@ -26,6 +18,14 @@ from test_cuda_hybrid import (
     same_reading,
     survives,
 )
+from cusim import sim
+from fake_device import FakeDevice, FakeStream, simulator
+from powerinfer.runtime import footprint
+from powerinfer.runtime.cache import Sequence
+from powerinfer.runtime.cpu.operators import CPU
+from powerinfer.runtime.cuda import device as seam
+from powerinfer.runtime.cuda import streaming
+from powerinfer.runtime.model import Watcher
 
 pytestmark = pytest.mark.skipif(bool(sim.unavailable()), reason=sim.unavailable())
 

@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
-from ..runtime.config import Isa, Mode
-
-BACKENDS = ("auto", "numpy", "cpu", "cuda")
+from ..runtime.config import BackendName, Isa, Mode
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -66,7 +64,7 @@ def add_isa(parser: argparse.ArgumentParser) -> None:
 def add_gpu(parser: argparse.ArgumentParser) -> None:
     """Add --backend, --vram-budget, --gpu and --no-gpu."""
     add = parser.add_argument
-    add("--backend", choices=BACKENDS, default="auto", help="numpy: the reference")
+    add("--backend", choices=get_args(BackendName), default="auto", help="numpy: the reference")
     add("--vram-budget", type=float, metavar="GiB", help="GPU memory to use; 0: CPU only")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--gpu", type=at_least(0), default=0, metavar="N", help="which GPU")

@@ -14,10 +14,9 @@ from pathlib import Path
 
 from ..quantize.policy import TARGETS
 from ..runtime.config import RunOptions
-from ..runtime.engine import N_OUT, _choose_context, _choose_mode
+from ..runtime.engine import N_OUT, choose_context, choose_mode, has_f32_cache
 from ..runtime.errors import RequestError
 from ..runtime.footprint import FIRING, PREDICTED, ModelSizes, model_sizes
-from ..runtime.formats import GGMLType
 from ..runtime.plan import Rates, plan
 from ..runtime.weights import Model, load_model
 from ..tools.plan import GIB, as_json, as_text
@@ -93,13 +92,12 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def _sizes(model: Model, options: RunOptions) -> ModelSizes:
     """Measure a model as the engine would run it."""
-    context = _choose_context(model.config, options)
-    is_f32 = model.weights.layers[0].wq.type is GGMLType.F32
+    context = choose_context(model.config, options)
     return model_sizes(
         model,
-        _choose_mode(model, options),
+        choose_mode(model, options),
         context,
-        f32_cache=options.kv_type == "f32" or (options.kv_type == "auto" and is_f32),
+        f32_cache=has_f32_cache(model.weights, options),
         n_tok=min(options.chunk, context),
         n_out=N_OUT,
     )

@@ -107,6 +107,19 @@ def ffn_norm(args, control, epoch, thread):
     wait(control, 0, epoch, n_tok)
 
 
+@function
+def pack_tokens(control, epoch, x, n, n_tok, packs, ones):
+    """packs = x [n_tok, n] rounded, in phase 0; n not a multiple of 32: none. Like wait()."""
+    n_tasks = n_tok if n % 32 == 0 else 0
+    while True:
+        t = take(control, 0, epoch, n_tasks)
+        if t < 0:
+            break
+        pack(x + t * n * 4, n, packs + t * pack_stride(n), ones)
+        finish(control, 0)
+    return wait(control, 0, epoch, n_tasks)
+
+
 # -- x += a @ wo ------------------------------------------------------------------------------
 
 OUT = layout("counts a packs ones x scratch scratch_bytes n_threads wo:MATRIX")
@@ -119,14 +132,7 @@ def out_add(args, control, epoch, thread):
     wo = args + 8 * OUT.wo
     cols, rows = arg(wo, MATRIX.cols), arg(wo, MATRIX.rows)
     a, packs = arg(args, OUT.a), arg(args, OUT.packs)
-    while True:
-        t = take(control, 0, epoch, n_tok)
-        if t < 0:
-            break
-        if cols % 32 == 0:
-            pack(a + t * cols * 4, cols, packs + t * pack_stride(cols), arg(args, OUT.ones))
-        finish(control, 0)
-    if not wait(control, 0, epoch, n_tok):
+    if not pack_tokens(control, epoch, a, cols, n_tok, packs, arg(args, OUT.ones)):
         return
     scratch = arg(args, OUT.scratch) + thread * arg(args, OUT.scratch_bytes)
     n_threads = arg(args, OUT.n_threads)
@@ -163,16 +169,9 @@ PACK = layout("counts x packs ones n")
 @job
 def pack_rows(args, control, epoch, thread):
     """packs = x [n_tok, n] rounded, where another backend made x; n not a multiple of 32: none."""
-    n = arg(args, PACK.n)
-    n_tok = np.int64(load_i32(arg(args, PACK.counts))) if n % 32 == 0 else 0
-    x, packs, ones = arg(args, PACK.x), arg(args, PACK.packs), arg(args, PACK.ones)
-    while True:
-        t = take(control, 0, epoch, n_tok)
-        if t < 0:
-            break
-        pack(x + t * n * 4, n, packs + t * pack_stride(n), ones)
-        finish(control, 0)
-    wait(control, 0, epoch, n_tok)
+    n_tok = np.int64(load_i32(arg(args, PACK.counts)))
+    x, n = arg(args, PACK.x), arg(args, PACK.n)
+    pack_tokens(control, epoch, x, n, n_tok, arg(args, PACK.packs), arg(args, PACK.ones))
 
 
 # -- predictor --------------------------------------------------------------------------------
@@ -197,14 +196,8 @@ def predict(args, control, epoch, thread):
     scratch = arg(args, PREDICT.scratch) + thread * arg(args, PREDICT.scratch_bytes)
     n_threads = arg(args, PREDICT.n_threads)
 
-    n_pack = 0 if arg(args, PREDICT.is_packed) or n % 32 else n_tok
-    while True:
-        t = take(control, 0, epoch, n_pack)
-        if t < 0:
-            break
-        pack(x + t * n * 4, n, packs + t * pack_stride(n), ones)
-        finish(control, 0)
-    if not wait(control, 0, epoch, n_pack):
+    n_pack = 0 if arg(args, PREDICT.is_packed) else n_tok
+    if not pack_tokens(control, epoch, x, n, n_pack, packs, ones):
         return
 
     n_tasks = n_tasks_of(fc1, n_threads, n_tok)

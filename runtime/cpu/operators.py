@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -364,16 +364,18 @@ class CPU:
     def finish(self) -> None:
         """See show()."""
 
-    def be_part(self, il: int, out: np.ndarray) -> None:
+    def be_part(self, layers: Sequence[int], out: np.ndarray) -> None:
         """Let ffn_part(il) set `out` [n_tok, n_embd] to what the neurons in mask give, no bias.
 
-        For another backend that has the others: it makes buffers.h and mask.
+        For another backend that has the others of these layers: it makes buffers.h and mask.
         """
-        block, n_embd = self._ffn[il], out.shape[1]
+        n_embd = out.shape[1]
         self._clear_part = build(linear.CLEAR, counts=self.plan.step.counts, x=out, n=n_embd)
-        block[ffn.FFN.x] = address(out)
-        block[ffn.FFN.has_mask], block[ffn.FFN.is_dense] = 1, 0
-        block[ffn.FFN.down_bias] = block[ffn.FFN.down + MATRIX.bias] = 0
+        for il in layers:
+            block = self._ffn[il]
+            block[ffn.FFN.x] = address(out)
+            block[ffn.FFN.has_mask], block[ffn.FFN.is_dense] = 1, 0
+            block[ffn.FFN.down_bias] = block[ffn.FFN.down + MATRIX.bias] = 0
 
     def ffn_part(self, il: int) -> None:
         """See be_part()."""

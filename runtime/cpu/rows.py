@@ -421,6 +421,23 @@ def _row(w, row_bytes, rows, i, count):
     return w + row_number(rows, min(i, count - 1)) * row_bytes
 
 
+@inline
+def _next_rows(w, row_bytes, rows, i, j, count, next_w, next_rows):
+    """Return what is fetched into the first cache while rows i and j (or i alone) are read.
+
+    Of a list these are the ones that come next: what comes later is fetched far.
+    """
+    next_v = next_w + row_number(next_rows, i) * row_bytes
+    next_u = next_w + row_number(next_rows, j) * row_bytes
+    if rows != 0:
+        _fetch_far(next_v, row_bytes)
+        if j != i:
+            _fetch_far(next_u, row_bytes)
+        next_v = _row(w, row_bytes, rows, j + 1, count)
+        next_u = _row(w, row_bytes, rows, j + 2, count)
+    return next_v, next_u
+
+
 def _make_dots(type_):
     def dots(w, row_bytes, n, rows, count, next_w, next_rows, x, packed, scratch, out):
         in_twos = type_ in (Q4_0, Q8_0)
@@ -428,14 +445,7 @@ def _make_dots(type_):
             # A last row without a partner is multiplied twice.
             j = min(i + 1, count - 1) if in_twos else i
             v, u = _row(w, row_bytes, rows, i, count), _row(w, row_bytes, rows, j, count)
-            next_v = next_w + row_number(next_rows, i) * row_bytes
-            next_u = next_w + row_number(next_rows, j) * row_bytes
-            if rows != 0:
-                _fetch_far(next_v, row_bytes)
-                if in_twos:
-                    _fetch_far(next_u, row_bytes)
-                next_v = _row(w, row_bytes, rows, j + 1, count)
-                next_u = _row(w, row_bytes, rows, j + 2, count)
+            next_v, next_u = _next_rows(w, row_bytes, rows, i, j, count, next_w, next_rows)
             if in_twos:
                 a, b = _dot2_blocks(type_, v, u, n, packed, scratch, next_v, next_u)
                 store_f32(out + 4 * j, b)
@@ -456,13 +466,7 @@ def _make_axpys(type_):
             a = load_f32(values + 4 * i)
             b = load_f32(values + 4 * j) if j > i else np.float32(0)
             v, u = _row(w, row_bytes, rows, i, count), _row(w, row_bytes, rows, j, count)
-            next_v = next_w + row_number(next_rows, i) * row_bytes
-            next_u = next_w + row_number(next_rows, j) * row_bytes
-            if rows != 0:
-                _fetch_far(next_v, row_bytes)
-                _fetch_far(next_u, row_bytes)
-                next_v = _row(w, row_bytes, rows, j + 1, count)
-                next_u = _row(w, row_bytes, rows, j + 2, count)
+            next_v, next_u = _next_rows(w, row_bytes, rows, i, j, count, next_w, next_rows)
             ahead_v, ahead_u = next_v - v, next_u - u
             if type_ in (Q4_0, Q8_0):
                 _axpy2_blocks(type_, v, u, n, a, b, y, ahead_v, ahead_u)

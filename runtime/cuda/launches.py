@@ -55,6 +55,11 @@ class Launches:
         return Launches([*self.one, *other.one], [*self.many, *other.many])
 
 
+def blocks_in(slot: np.ndarray) -> np.ndarray:
+    """Return the block in each place, int32, given the place of each block (-1: in none)."""
+    return np.argsort(slot)[np.sum(slot < 0) :].astype(np.int32)
+
+
 @dataclass(frozen=True)
 class Resident:
     """A layer's blocks of neurons on the device: what must change for others to be there."""
@@ -376,8 +381,8 @@ class Builder:
 
     def _resident(self, layer: Layer, place: LayerPlacement) -> Resident:
         """Upload the blocks of neurons that are on the device at first."""
-        load, n = self._load, place.slots
-        slot, neuron_of = load.array(place.slot_table()), load.array(np.arange(n, dtype=np.int32))
+        load, n, table = self._load, place.slots, place.slot_table()
+        slot, neuron_of = load.array(table), load.array(blocks_in(table))
         tensors = [t for t in (layer.decider, layer.up, layer.down_t) if t is not None and n]
         return Resident(
             slot,

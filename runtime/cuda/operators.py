@@ -24,7 +24,7 @@ from ..formats import U8Array
 from ..plan import Placement
 from .ahead import AheadTape
 from .device import Device, Slab, Uploader
-from .launches import Builder, Launches, LayerLaunches
+from .launches import Builder, Launches, LayerLaunches, blocks_in
 from .loading import Loader
 from .replace import BlockResidency, Replacer
 from .streaming import Streaming
@@ -95,9 +95,7 @@ class CUDA:
             plan, placement, device, stream, self._slab, self._at, builder, self._layers
         )
         load.finish()
-        for il, layer in enumerate(self._layers):
-            if layer.has_cold:
-                self.cpu.be_part(il, self._part)
+        self.cpu.be_part([il for il, la in enumerate(self._layers) if la.has_cold], self._part)
 
         self._is_capturing = False
         self._is_running = False  # whether there may be work that has not been waited for
@@ -353,7 +351,7 @@ class CUDA:
         else:  # of whole blocks, in the order of their places
             slot = self._replacer.slots[self._il]
             windows = self._streaming.windows(self._il, slot) if is_streamed else ()
-            for place, blocks in ((0, np.argsort(slot)[np.sum(slot < 0) :]), *windows):
+            for place, blocks in ((0, blocks_in(slot)), *windows):
                 neurons = (blocks[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
                 exists = neurons < b.act.shape[1]
                 part = act[BLOCK * place * len(self.plan.step.tokens) :][: n * len(neurons)]

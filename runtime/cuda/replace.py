@@ -16,7 +16,7 @@ import numpy as np
 
 from ..footprint import BLOCK, device_bytes
 from .device import Device, Slab, Stream, Uploader
-from .launches import Resident
+from .launches import Resident, blocks_in
 from .loading import Loader
 
 TURN = 32  # tokens from one look to the next: the only time that the host waits for the counts
@@ -166,10 +166,7 @@ class Replacer:
                     self._load.rows(matrix, tensor, place, first, count)
                 there[block] = slot[block]
             if il in self._stale:
-                blocks = np.flatnonzero(slot >= 0).astype(np.int32)
-                neuron_of = np.empty_like(blocks)
-                neuron_of[slot[blocks]] = blocks
-                for address, table in ((layer.slot, slot), (layer.neuron_of, neuron_of)):
+                for address, table in ((layer.slot, slot), (layer.neuron_of, blocks_in(slot))):
                     self._uploader.upload(address, [table.view(np.uint8)])
                 self._stale.remove(il)
         self._is_moving = False
