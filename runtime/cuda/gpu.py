@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -116,7 +117,12 @@ class GPU(_Part):
         self.has_wait_value = self._try_wait_value()
 
     def _try_wait_value(self) -> bool:
-        """Try it: that the driver has the functions does not say that this system lets them."""
+        """Try it: that the driver has the functions does not say that this system lets them.
+
+        Not where launches wait for what they launch: the host would, for an answer of its own.
+        """
+        if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
+            return False
         (word, address), stream = self.pinned(4), self.stream()
         try:
             stream.write_value(address, 7)
