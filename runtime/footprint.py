@@ -119,9 +119,7 @@ def workspace(
         "rope": ("f4", (context, 2, c.rope_dim // 2)),
         "x": ("f4", (n_tok, c.n_embd)),
         "normed": ("f4", (n_tok, c.n_embd)),  # what q, k, v are made of; and the logits
-        "q": ("f4", (n_tok, q_dim)),
-        "k": ("f4", (n_tok, kv_dim)),
-        "v": ("f4", (n_tok, kv_dim)),
+        "qkv": ("f4", (n_tok, q_dim + 2 * kv_dim)),
         "attention_sums": ("f4", (*split, c.head_dim)),
         "attention_peaks": ("f4", split),
         "attention_totals": ("f4", split),

@@ -248,8 +248,8 @@ FAULTS = {
         "race",
     ),
     "a neuron of the CPU's": (
-        "p.mask[row + n] && p.slot[n / NEURON_BLOCK] >= 0",
-        "p.mask[row + n]",
+        "is_predicted(n) && is_resident(n)",
+        "is_predicted(n)",
         "race",
     ),
     "a neuron beyond the list": ("i < n_list; i +=", "i <= n_list; i +=", "uninitialised read"),

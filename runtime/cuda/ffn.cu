@@ -41,15 +41,18 @@ extern "C" __global__ void __launch_bounds__(1024, 1) compact(const compact_args
     const long long row = (long long)t * p.n_ff;
     const float threshold =
         p.scores ? p.thresholds[(long long)p.rows[t] * p.n_layer + p.il] : 0;
+    // Asked twice, the second time of the L1 cache: that keeps reads, but not what was written.
+    const auto is_predicted = [&](int n) {
+        return n < end && (!p.scores || p.scores[row + n] >= threshold);
+    };
+    const auto is_resident = [&](int n) { return n < end && p.slot[n / NEURON_BLOCK] >= 0; };
 
     int n_list = 0, n_cold = 0;
 #pragma unroll 4
     for (int from = first; from < end; from += WARP) {
         const int n = from + lane_id();
-        bool predicted = false, resident = false;
+        const bool predicted = is_predicted(n), resident = is_resident(n);
         if (n < end) {
-            predicted = !p.scores || p.scores[row + n] >= threshold;
-            resident = p.slot[n / NEURON_BLOCK] >= 0;
             p.mask[row + n] = predicted;
             p.fired[row + n] = 0;
             if (p.cold) p.cold[row + n] = predicted && !resident;
@@ -70,9 +73,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1) compact(const compact_args
     __syncthreads();
 
     int place = warp_sum(lane_id() < warp_id() ? listed[lane_id()] : 0);
+#pragma unroll 4
     for (int from = first; from < end; from += WARP) {
         const int n = from + lane_id();
-        const bool mine = n < end && p.mask[row + n] && p.slot[n / NEURON_BLOCK] >= 0;
+        const bool mine = is_predicted(n) && is_resident(n);
         const unsigned all = __ballot_sync(ALL_LANES, mine);
         const unsigned lanes_before = (1u << lane_id()) - 1;
         if (mine) p.list[row + place + __popc(all & lanes_before)] = n;

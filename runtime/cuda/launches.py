@@ -8,6 +8,7 @@ resident neurons. What differs from call to call lies in the device's copy of th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -218,13 +219,26 @@ class Builder:
         of_outputs: bool = False,
     ) -> Launches:
         """y (op) x @ w^T + bias."""
+        return self._product_into(w, x, y, w.rows, op, self._load.floats(bias), of_outputs)
+
+    def _product_into(
+        self,
+        w: DeviceMatrix,
+        x: _Input,
+        y: int,
+        y_stride: int,
+        op: int,
+        bias: int,
+        of_outputs: bool = False,
+    ) -> Launches:
+        """The same into part of y's rows, `y_stride` floats apart; `bias`: its address, or 0."""
         values = {
             "w": w,
             "x": x.x,
             "x_packed": x.packed,
-            "bias": self._load.floats(bias),
+            "bias": bias,
             "y": y,
-            "y_stride": w.rows,
+            "y_stride": y_stride,
             "op": op,
         }
         many = _launch(
@@ -281,19 +295,21 @@ class Builder:
     def _qkv(self, layer: Layer, cache: dict[str, int]) -> Launches:
         c, at, normed = self._plan.config, self._at, self._input("normed")
         launches = self._norm(layer.attn_norm, layer.attn_norm_bias, normed)
-        for name, weight, bias in (
-            ("q", layer.wq, layer.bq),
-            ("k", layer.wk, layer.bk),
-            ("v", layer.wv, layer.bv),
-        ):
-            launches += self._product(self._load.matrix(weight), normed, at[name], STORE, bias)
+        parts = ((layer.wq, layer.bq), (layer.wk, layer.bk), (layer.wv, layer.bv))
+        width, first = sum(weight.rows for weight, _ in parts), 0
+        # One product of what has one format: a matrix on its own is too small to keep a GPU busy.
+        for _, group in itertools.groupby(parts, lambda part: (part[0].type, part[1] is None)):
+            weights, biases = zip(*group, strict=True)
+            w, bias = self._load.matrix(*weights), self._load.floats(*biases)
+            launches += self._product_into(w, normed, at["qkv"] + 4 * first, width, STORE, bias)
+            first += w.rows
         rope = _launch(
             f"rope_append_{self._kv}",
             lambda n: (c.n_head + 2 * c.n_head_kv, n),
-            **{name: at[name] for name in "qkv"},
-            q_stride=layer.wq.rows,
-            k_stride=layer.wk.rows,
-            v_stride=layer.wv.rows,
+            q=at["qkv"],
+            k=at["qkv"] + 4 * layer.wq.rows,
+            v=at["qkv"] + 4 * (layer.wq.rows + layer.wk.rows),
+            **dict.fromkeys(("q_stride", "k_stride", "v_stride"), width),
             table=at["rope"],
             half=self._plan.rope.shape[2],
             is_neox=int(c.traits.rope == "neox"),
@@ -306,8 +322,8 @@ class Builder:
     def _attend(self, cache: dict[str, int]) -> Launches:
         c, at = self._plan.config, self._at
         n_splits, group = _parts(len(self._plan.rope), ATTENTION_SPAN), c.n_head // c.n_head_kv
-        q_dim = c.n_head * c.head_dim
-        query = {"q": at["q"], "q_stride": q_dim, "scale": c.head_dim**-0.5}
+        q_dim, kv_dim = c.n_head * c.head_dim, c.n_head_kv * c.head_dim
+        query = {"q": at["qkv"], "q_stride": q_dim + 2 * kv_dim, "scale": c.head_dim**-0.5}
         partial = {name: at[f"attention_{name}"] for name in ("sums", "peaks", "totals")}
         reads = {**self._where(), **self._heads(), **cache, **query}
         split = _launch(

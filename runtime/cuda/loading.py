@@ -90,9 +90,10 @@ class Loader:
         """Copy some numbers, as they are, to an address."""
         self._uploader.upload(address, [np.ascontiguousarray(values).reshape(-1).view(np.uint8)])
 
-    def floats(self, tensor: Tensor | None) -> int:
-        """Return the address of a float32 vector; 0 for None."""
-        return 0 if tensor is None else self.array(tensor.numpy())
+    def floats(self, *parts: Tensor | None) -> int:
+        """Return the address of float32 vectors, one behind the other; 0 if there are none."""
+        there = [tensor.numpy() for tensor in parts if tensor is not None]
+        return self.array(np.concatenate(there)) if there else 0
 
     def matrix(self, *parts: Tensor, blocks: int | None = None) -> DeviceMatrix:
         """Return matrices of one format, one below the other.
