@@ -31,9 +31,11 @@ class FakeCuda:
         self.graphs = {}  # graph, and executable: captured work
         self.capturing = {}  # stream: work captured so far; streams that take part share a list
         self.captured = {}  # event: the capture that it was recorded in, or None
-        self.launched = []  # (kernel, grid, block, shared)
+        self.launched = []  # (kernel, grid, block, shared, attributes)
         self.released = []  # names of what was given back, in order
         self.attributes = {}  # kernel: bytes of shared memory allowed
+        self.functions = {}  # handle: name
+        self.capability = 7, 5
         self.fault = self.n_handles = 0
         self.runtime, self.driver, self.libcuda = Runtime(self), Driver(self), LibCuda(self)
 
@@ -100,7 +102,9 @@ class Runtime:
         self.check_status(101 if device else 0)
 
     def getDeviceProperties(self, device):
-        return {"name": b"Fake 1000", "totalGlobalMem": 1 << 20, "major": 7, "minor": 5}
+        major, minor = self._.capability
+        name = {"name": b"Fake 1000", "totalGlobalMem": 1 << 20}
+        return name | {"major": major, "minor": minor}
 
     def driverGetVersion(self):
         return 13000
@@ -211,7 +215,7 @@ class Driver:
 
     def __init__(self, cuda):
         self._ = cuda
-        self._modules, self._functions = {}, {}
+        self._modules = {}
 
     def check_status(self, status):
         if status:
@@ -228,36 +232,12 @@ class Driver:
     def moduleGetFunction(self, module, funcname):
         self.check_status(0 if funcname.encode() in self._modules[module] else 500)
         function = self._.handle()
-        self._functions[function] = funcname
+        self._.functions[function] = funcname
         return function
 
     def funcSetAttribute(self, f, attribute, value):
         assert attribute == 8
-        self._.attributes[self._functions[f]] = value
-
-    def launchKernel(
-        self,
-        f,
-        grid_dim_x,
-        grid_dim_y,
-        grid_dim_z,
-        block_dim_x,
-        block_dim_y,
-        block_dim_z,
-        shared_mem_bytes,
-        stream,
-        kernel_params,
-        extra,
-    ):
-        name = self._functions[f]
-        dtype, function = self._.kernels[name]
-        at = ctypes.cast(kernel_params, ctypes.POINTER(ctypes.c_void_p))[0]
-        args = np.frombuffer(ctypes.string_at(at, dtype.itemsize), dtype)[0]
-        grid, block = (grid_dim_x, grid_dim_y, grid_dim_z), (block_dim_x, block_dim_y, block_dim_z)
-        allowed = self._.attributes.get(name, 48 << 10)
-        self.check_status(1 if 0 in grid + block or extra or shared_mem_bytes > allowed else 0)
-        self._.launched.append((name, grid, block, shared_mem_bytes))
-        self._.enqueue(stream, done(lambda: function(args)))
+        self._.attributes[self._.functions[f]] = value
 
 
 class LibCuda:
@@ -265,6 +245,19 @@ class LibCuda:
 
     def __init__(self, cuda):
         self._ = cuda
+
+    def cuLaunchKernelEx(self, config, function, parameters, extra):
+        c = config._obj
+        name = self._.functions[function.value]
+        dtype, work = self._.kernels[name]
+        args = np.frombuffer(ctypes.string_at(parameters._obj.value, dtype.itemsize), dtype)[0]
+        grid, block = (c.grid_x, c.grid_y, c.grid_z), (c.block_x, c.block_y, c.block_z)
+        if 0 in grid + block or extra or c.shared > self._.attributes.get(name, 48 << 10):
+            return 1
+        overlaps = [(c.attributes[i].id, c.attributes[i].value) for i in range(c.n_attributes)]
+        self._.launched.append((name, grid, block, c.shared, overlaps))
+        self._.enqueue(c.stream, done(lambda: work(args)))
+        return 0
 
     def cuMemHostGetDevicePointer_v2(self, pointer, host, flags):
         pointer._obj.value = host.value

@@ -187,6 +187,14 @@ def test_shared_memory(device, folder):
         device.free(y.address)
 
 
+def test_kernels_may_begin_early_where_they_can(fake, folder):
+    for capability, attributes in (((8, 9), []), ((9, 0), [(6, 1)]), ((12, 0), [(6, 1)])):
+        fake.capability = capability
+        stream = gpu_class()(0, folder=folder).stream()
+        stream.launch("axpy", (1, 2), 64, fill("axpy", folder))
+        assert fake.launched.pop() == ("axpy", (1, 2, 1), (64, 1, 1), 0, attributes)
+
+
 def test_streams_meet_by_events(device):
     first, second = device.stream(), device.stream()
     host, at = device.pinned(8)

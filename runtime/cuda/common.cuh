@@ -47,6 +47,17 @@ __device__ inline int lane_id() { return threadIdx.x % WARP; }
 __device__ inline int warp_id() { return threadIdx.x / WARP; }
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 
+// Every kernel calls it before it looks at what other kernels write, or writes itself. From compute
+// capability 9.0 on a kernel may begin while its predecessor still runs (programmatic dependent
+// launch): here it waits for the end of that, which has waited for its own; and lets its successor
+// begin. What lies before the call hides latency: of the launch, and of memory that never changes.
+__device__ inline void after_predecessors() {
+#if !defined(CUSIM) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- half numbers, stored as unsigned short; rounding is to nearest even ----
 
 #ifdef CUSIM

@@ -34,6 +34,7 @@ constexpr int COMPACT_THREADS = 1024, COMPACT_WARPS = COMPACT_THREADS / WARP;
 
 extern "C" __global__ void __launch_bounds__(1024, 1) compact(const compact_args p) {
     __shared__ int listed[COMPACT_WARPS], left_out[COMPACT_WARPS];
+    after_predecessors();
     const int t = blockIdx.x;
     if (t >= *p.n_tok) return;
     const int run = (p.n_ff + COMPACT_THREADS - 1) / COMPACT_THREADS * WARP;
@@ -127,6 +128,7 @@ constexpr int ROWS_THREADS = 256;
 
 template <class F> __device__ inline void ffn_rows(const ffn_rows_args& p) {
     constexpr int WARPS = ROWS_THREADS / WARP;
+    after_predecessors();
     const int t = blockIdx.y, n_list = p.n_list[t];
     const long long row = (long long)t * p.n_ff;
     const Matrix& any = p.decider.q ? p.decider : p.up;
@@ -194,6 +196,7 @@ constexpr int DOWN_THREADS = 256;
 
 template <class F> __device__ inline void ffn_down(const ffn_down_args& p) {
     constexpr int WARPS = DOWN_THREADS / WARP, WORKERS = N_SPLITS * WARPS, AT_ONCE = AHEAD<F, 1>;
+    after_predecessors();
     const int t = blockIdx.z, n_list = p.n_list[t];
     const long long list = (long long)t * p.n_ff;
     const int unit = blockIdx.x * WARP + lane_id();

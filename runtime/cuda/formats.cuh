@@ -11,6 +11,7 @@
 //   unpack(weights, out)  out[4 * VECTORS] words
 //   scale(weights, group) of the VECTORS / GROUPS vectors of a group
 //   column(unit, vector)  the column of the vector's first weight; the others follow it
+//   D_BYTES               of the plane d, for 256 columns
 #pragma once
 #include "common.cuh"
 
@@ -34,7 +35,7 @@ __device__ inline float signed_byte(int word, int j) {
 
 struct Q4_0 {
     using Word = int;
-    static constexpr int UNIT = 32, LOADS = 1, VECTORS = 2, GROUPS = 1;
+    static constexpr int UNIT = 32, LOADS = 1, VECTORS = 2, GROUPS = 1, D_BYTES = 16;
     struct Weights {
         int4 q;
         unsigned short d;
@@ -58,7 +59,7 @@ struct Q4_0 {
 
 struct Q8_0 {  // half a block a unit
     using Word = int;
-    static constexpr int UNIT = 16, LOADS = 1, VECTORS = 1, GROUPS = 1;
+    static constexpr int UNIT = 16, LOADS = 1, VECTORS = 1, GROUPS = 1, D_BYTES = 16;
     struct Weights {
         int4 q;
         unsigned short d;
@@ -84,7 +85,7 @@ struct Q8_0 {  // half a block a unit
 // A unit is 16 of the l: four to a block, four groups of 16 weights each.
 struct Q6_K {
     using Word = int;
-    static constexpr int UNIT = 64, LOADS = 3, VECTORS = 4, GROUPS = 4;
+    static constexpr int UNIT = 64, LOADS = 3, VECTORS = 4, GROUPS = 4, D_BYTES = 20;
     struct Weights {
         int4 first, second, upper;  // of ql, ql + 32, qh
         int scales[2];              // of the half: int8 [8]
@@ -131,7 +132,7 @@ struct Q6_K {
 
 struct F16 {
     using Word = float;
-    static constexpr int UNIT = 8, LOADS = 1, VECTORS = 2;
+    static constexpr int UNIT = 8, LOADS = 1, VECTORS = 2, D_BYTES = 0;
     struct Weights {
         int4 q;
     };
@@ -170,7 +171,7 @@ __device__ inline float4 load4(const float* row, int column, int cols) {
 
 struct F32 {
     using Word = float;
-    static constexpr int UNIT = 4, LOADS = 1, VECTORS = 1;
+    static constexpr int UNIT = 4, LOADS = 1, VECTORS = 1, D_BYTES = 0;
     struct Weights {
         float4 q;
     };
@@ -316,6 +317,20 @@ template <class F> struct Meet<F, float> {
 };
 
 template <class F> __device__ inline int units(int cols) { return (cols + F::UNIT - 1) / F::UNIT; }
+
+// Asks for `count` rows, from `first` on, before their time: each lane for other lines of the caches.
+template <class F> __device__ inline void prefetch_rows(const Matrix& w, int first, int count) {
+#if !defined(CUSIM) && __CUDA_ARCH__ >= 900  // elsewhere there is nothing to do meanwhile
+    const auto ask = [&](const unsigned char* plane, long long row_bytes) {
+        const unsigned char* rows = plane + first * row_bytes;
+        for (int at = 128 * lane_id(); at < count * row_bytes; at += 128 * WARP) {
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(rows + at));
+        }
+    };
+    ask(w.q, (long long)w.cols * 16 * F::LOADS / F::UNIT);
+    if (F::D_BYTES) ask(w.d, (long long)w.cols * F::D_BYTES / 256);
+#endif
+}
 
 // How many units of each of ROWS rows a lane loads before it uses the first: 64 bytes in flight.
 template <class F, int ROWS>

@@ -28,6 +28,8 @@ template <class F> __device__ inline void gemv(const gemv_args& p) {
     const int t = blockIdx.y;
     const int first = (blockIdx.x * (GEMV_THREADS / WARP) + warp_id()) * GEMV_ROWS;
     if (first >= p.w.rows) return;
+    prefetch_rows<F>(p.w, first, min(GEMV_ROWS, p.w.rows - first));
+    after_predecessors();
     // Lane r has the result of row first + r, and only it looks at what the result is added to:
     // before the long wait, so that it is there afterwards.
     const int mine = first + lane_id();

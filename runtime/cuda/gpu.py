@@ -36,6 +36,34 @@ _OUT_OF_MEMORY, _NOT_READY = 2, 600
 _KERNEL_FAULTS = {700, 702, 710, 714, 715, 716, 717, 718, 719}
 _CLOSING_S = 5.0  # to finish what is still queued
 _PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without being asked for
+_OVERLAPPING = (9, 0)  # compute capability from which a kernel may begin before its predecessor ends
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of the driver, of those whose value is an int."""
+
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("padding", ctypes.c_int),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_int * 15),
+    )
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig of the driver."""
+
+    _fields_ = (
+        *((f"{of}_{axis}", ctypes.c_uint) for of in ("grid", "block") for axis in "xyz"),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("n_attributes", ctypes.c_uint),
+    )
+
+
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: common.cuh, after_predecessors().
+_MAY_OVERLAP = _Attribute(id=6, value=1)
 
 
 class _Part:
@@ -107,6 +135,7 @@ class GPU(_Part):
         self.name = properties["name"].decode()
         self.memory_total = int(properties["totalGlobalMem"])
         capability = int(properties["major"]), int(properties["minor"])
+        self.overlaps = capability >= _OVERLAPPING
         cuda = runtime.driverGetVersion() // 1000
         cubins = compiler.compile_all(capability, notify, cuda, folder)
         self._modules = {
@@ -260,6 +289,13 @@ class GPUStream(_Part):
         flags = runtime.streamNonBlocking
         self.handle = self._owns(runtime.streamDestroy, runtime.streamCreateWithFlags(flags))
         self._parameter = ctypes.c_void_p()  # what points at the one argument of a launch
+        self._config = _Config(
+            block_y=1,
+            block_z=1,
+            stream=self.handle,
+            attributes=ctypes.pointer(_MAY_OVERLAP),
+            n_attributes=int(gpu.overlaps),
+        )
 
     @_checked
     def copy(self, dst: int, src: int, nbytes: int) -> None:
@@ -273,13 +309,13 @@ class GPUStream(_Part):
     def launch(
         self, kernel: str, grid: tuple[int, ...], block: int, args: np.ndarray, shared: int = 0
     ) -> None:
-        function = self.gpu.function(kernel, args, shared)
-        x, y, z = (*grid, 1, 1)[:3]
-        # The driver reads the struct during the call; CuPy's own Function does the same with an
-        # array of one element, after some detours.
-        self._parameter.value = args.ctypes.data
-        parameters = ctypes.addressof(self._parameter)
-        driver.launchKernel(function, x, y, z, block, 1, 1, shared, self.handle, parameters, 0)
+        function, config = self.gpu.function(kernel, args, shared), self._config
+        config.grid_x, config.grid_y, config.grid_z = (*grid, 1, 1)[:3]
+        config.block_x, config.shared = block, shared
+        self._parameter.value = args.ctypes.data  # the driver reads the struct during the call
+        at = ctypes.byref
+        handle = ctypes.c_void_p(function)
+        self.gpu.call("cuLaunchKernelEx", at(config), handle, at(self._parameter), None)
 
     @_checked
     def record(self) -> Event:

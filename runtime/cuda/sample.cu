@@ -43,6 +43,7 @@ struct argmax_args {
 // launch: grid (ceil(n / 4096), n_tok), then (1, n_tok) on that, block 256
 extern "C" __global__ void __launch_bounds__(256) argmax(const argmax_args p) {
     __shared__ Rank bests[256 / WARP];
+    after_predecessors();
     const int t = blockIdx.y;
     if (t >= p.counts[0]) return;
     Rank best = 0;
@@ -82,6 +83,7 @@ constexpr int SORTED = 4096, SORT_THREADS = 1024;
 
 extern "C" __global__ void __launch_bounds__(1024) top_k(const top_k_args p) {
     __shared__ Rank ranks[SORTED];
+    after_predecessors();
     const int t = blockIdx.y;
     if (t >= p.counts[0]) return;
     for (int i = threadIdx.x; i < SORTED; i += SORT_THREADS) {
