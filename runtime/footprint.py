@@ -128,7 +128,6 @@ def workspace(
         "hidden": ("f4", (n_tok, rank)),  # of the predictor
         "scores": ("f4", (n_tok, c.n_ff if is_predicted else 0)),
         "mask": ("u1", (n_tok, c.n_ff)),
-        "cold": ("u1", (n_tok, c.n_ff)),  # the CPU's part of the mask
         "list": ("i4", (n_tok, c.n_ff)),  # of the resident neurons
         "listed": ("i4", (n_tok,)),  # how many
         "every_slot": ("i4", (neurons // BLOCK,)),  # zeros: a table of slots that lacks none
@@ -137,7 +136,6 @@ def workspace(
         "heat": ("u4", (c.n_layer if is_predicted else 0, neurons // BLOCK)),
         "fired": ("u1", (n_tok, c.n_ff)),
         "down_parts": ("f4", (max(DOWN_SPLITS, n_tok), c.n_embd)),
-        "host_part": ("f4", (n_tok, c.n_embd)),  # what the CPU adds
         "logits": ("f4", (n_out, c.n_vocab)),
         "counted": ("i8", (c.n_layer, len(COUNTS))),
     }

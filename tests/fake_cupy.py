@@ -21,7 +21,10 @@ class CUDAError(RuntimeError):
 
 
 class FakeCuda:
-    """One GPU of 1 MiB. `kernels`: {name: (dtype, function)}; `fault`: what a query returns."""
+    """One GPU of 1 MiB. `kernels`: {name: (dtype, function)}; `fault`: what a query returns.
+
+    A function that returns False is called again, until it does not.
+    """
 
     def __init__(self, kernels):
         self.kernels = kernels
@@ -256,19 +259,9 @@ class LibCuda:
             return 1
         overlaps = [(c.attributes[i].id, c.attributes[i].value) for i in range(c.n_attributes)]
         self._.launched.append((name, grid, block, c.shared, overlaps))
-        self._.enqueue(c.stream, done(lambda: work(args)))
+        self._.enqueue(c.stream, lambda: work(args) is not False)
         return 0
 
     def cuMemHostGetDevicePointer_v2(self, pointer, host, flags):
         pointer._obj.value = host.value
         return 0 if host.value in self._.memory and not flags.value else 1
-
-    def cuStreamWriteValue32_v2(self, stream, address, value, flags):
-        word = ctypes.c_uint32.from_address(address.value)
-        self._.enqueue(stream.value, done(lambda: setattr(word, "value", value.value)))
-        return flags.value
-
-    def cuStreamWaitValue32_v2(self, stream, address, value, flags):
-        word = ctypes.c_uint32.from_address(address.value)
-        self._.enqueue(stream.value, lambda: (word.value - value.value) % 2**32 < 2**31)
-        return flags.value

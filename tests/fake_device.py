@@ -74,7 +74,7 @@ class FakeGraph:
         made: dict[int, Node] = {}
         for node in self.nodes:
             needs = [made[id(need)] for need in node.needs] or [first]
-            made[id(node)] = self.device.queue(Node(node.run, needs, self.device))
+            made[id(node)] = self.device.queue(Node(node.run, needs, self.device, node.may_run))
         stream.add(_nothing, list(made.values()))
 
 
@@ -135,16 +135,16 @@ class FakeStream:
     def wait(self, event: Node) -> None:
         self.add(_nothing, [event])
 
-    def write_value(self, address: int, value: int) -> None:
-        word = self._word(address)
-        self.add(lambda: word.__setitem__(0, np.uint32(value & 0xFFFFFFFF)))
+    def write_value(self, address: int, base: int, number: int) -> None:
+        word, first = self._word(address), self._word(base)
+        self.add(lambda: word.__setitem__(0, np.uint32(int(first[0]) + number & 0xFFFFFFFF)))
 
-    def wait_value(self, address: int, value: int) -> None:
-        word = self._word(address)
-        self.add(_nothing, may_run=lambda: (int(word[0]) - value) & 0x80000000 == 0)
+    def wait_value(self, address: int, base: int, number: int) -> None:
+        word, first = self._word(address), self._word(base)
+        self.add(_nothing, may_run=lambda: int(word[0]) - int(first[0]) - number & 0x80000000 == 0)
 
     def _word(self, address: int) -> np.ndarray:
-        assert self.device.has_wait_value and self.device.capturing is None
+        assert self.device.has_wait_value
         return self.device.locate(address, 4).view(np.uint32)
 
     def is_done(self) -> bool:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from cuda_engine import KINDS, decoded, hybrid, on_gpu, survives
 from cusim import sim
-from fake_device import FakeDevice, FakeStream, simulator
+from fake_device import FakeDevice, FakeGraph, FakeStream, simulator
 from powerinfer.runtime.cpu import exchange
+from powerinfer.runtime.cpu.block import address
 from powerinfer.runtime.cpu.pool import Pool
 from powerinfer.runtime.cuda import ahead, operators
 from powerinfer.runtime.cuda import device as seam
@@ -42,33 +43,29 @@ def of_kind(model, kind):
     return model(name, "q4_0"), on_gpu(share, n_layer)
 
 
-@pytest.mark.parametrize("depth", [1, 4, 128])
 @pytest.mark.parametrize(
     "kind", ["llama", "falcon 7b", "falcon, one layer", "opt", "no neurons", "biases, one layer"]
 )
-def test_the_same_bits_in_any_interleaving(kind, depth, model, right, monkeypatch):
-    monkeypatch.setattr(ahead, "DEPTH", depth)
+def test_the_same_bits_in_any_interleaving(kind, model, right):
     path, where = of_kind(model, kind)
-    device, expected = FakeDevice(depth), right(path, where)
+    device, expected = FakeDevice(1), right(path, where)
     with hybrid(path, where, device) as llm:
-        for eagerness in np.linspace(0, 0.95, 6):
+        for eagerness in np.linspace(0, 0.95, 12):
             device.eagerness = eagerness
             assert np.array_equal(decoded(llm), expected)
 
 
-@pytest.mark.parametrize(("depth", "n_programs"), [(0, 2), (128, 1)])
-def test_the_queue_is_not_filled(depth, n_programs, model, monkeypatch):
-    monkeypatch.setattr(ahead, "DEPTH", depth)
-    programs, work = [], ahead.AheadTape._work
-
-    def noting_work(tape, jobs):
-        programs.append(jobs)
-        work(tape, jobs)
-
-    monkeypatch.setattr(ahead.AheadTape, "_work", noting_work)
-    with hybrid(*of_kind(model, "llama")) as llm:
-        decoded(llm, 1)
-    assert len(programs) == n_programs
+@pytest.mark.parametrize("kind", ["llama", "falcon, one layer"])
+def test_a_token_is_one_graph(kind, model, monkeypatch):
+    """Nothing is queued behind a wait for the CPU but by that graph: no queue can be full."""
+    graphs, launch = [], FakeGraph.launch
+    monkeypatch.setattr(FakeGraph, "launch", lambda g, stream: graphs.append(g) or launch(g, stream))
+    with hybrid(*of_kind(model, kind)) as llm:
+        decoded(llm, 0)
+        graphs.clear()
+        decoded(llm, 2)
+    head, token = graphs[0], graphs[1]  # of the prompt
+    assert graphs == [head, token, head, token, head]
 
 
 @pytest.mark.parametrize("start", [2**31 - 5, 2**32 - 5])
@@ -154,7 +151,7 @@ def test_every_wait_is_needed(what, model, right, monkeypatch):
 
     assert is_right(1, 0.5)
     monkeypatch.setattr(owner, name, wait)
-    late = [functools.partial(is_right, *how) for how in ((0, 0), (1, 0.5))]
+    late = [functools.partial(is_right, *how) for how in ((0, 0), (1, 0.5), (1, 0.98))]
     assert not all(map(survives, late))
 
 
@@ -168,16 +165,20 @@ def at_once(monkeypatch):
     monkeypatch.setattr(ahead, "wait_until", soon)
 
 
-def test_a_flag_that_does_not_come(model, right, at_once, monkeypatch):
+def test_a_flag_that_does_not_come(model, right, at_once):
     """It is a sentence; and what the device was waiting for then comes, so that it goes on."""
     path, where = of_kind(model, "llama")
     expected = right(path, where)
     with hybrid(path, where) as llm:
-        with monkeypatch.context() as patched:
-            patched.setattr(FakeStream, "write_value", lambda *_: None)
-            for _ in range(2):
-                with pytest.raises(DeviceError, match="the GPU does not answer: nothing came"):
-                    decoded(llm)
+        blocks, flag = llm._ops._tape._blocks, llm._ops._tape._flag
+        elsewhere = np.zeros(1, np.int64)
+        for where_it_is in (elsewhere, flag):
+            for block in blocks:
+                block[exchange.EXCHANGE.flag] = address(where_it_is)
+            if where_it_is is elsewhere:
+                for _ in range(2):
+                    with pytest.raises(DeviceError, match="the GPU does not answer: nothing came"):
+                        decoded(llm)
         assert np.array_equal(decoded(llm), expected)
 
 
@@ -237,11 +238,7 @@ def test_ctrl_c_and_failures_wherever_queueing_is(kind, model, right, monkeypatc
     with hybrid(path, where) as llm:
         for error in (KeyboardInterrupt(), DeviceError("it is out of memory")):
             with monkeypatch.context() as patched:
-                for owner, name in (
-                    (FakeStream, "write_value"),
-                    (FakeStream, "wait_value"),
-                    (Pool, "run"),
-                ):
+                for owner, name in ((FakeGraph, "launch"), (FakeStream, "copy"), (Pool, "run")):
                     patched.setattr(owner, name, counting(getattr(owner, name), error))
                 n_calls[0] = 0
                 decoded(llm, 1)

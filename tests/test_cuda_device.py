@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -20,6 +21,7 @@ KERNELS = """
 // launch: grid (ceil(n / 64)), block 64
 struct axpy_args { int n; const float* x; float* y; float a; };
 extern "C" __global__ void __launch_bounds__(64) axpy(const axpy_args p) {
+    after_predecessors();
     int i = blockIdx.x * 64 + threadIdx.x;
     if (i < p.n) p.y[i] += p.a * p.x[i];
 }
@@ -28,6 +30,7 @@ extern "C" __global__ void __launch_bounds__(64) axpy(const axpy_args p) {
 struct shared_args { int n; float* y; };
 extern "C" __global__ void __launch_bounds__(64) shared(const shared_args p) {
     extern __shared__ float room[];
+    after_predecessors();
     for (int i = threadIdx.x; i < p.n; i += 64) room[i] = p.y[i] + 1;
     __syncthreads();
     for (int i = threadIdx.x; i < p.n; i += 64) p.y[i] = room[p.n - 1 - i];
@@ -48,12 +51,32 @@ def shared(p):
     floats(p["y"], p["n"])[:] = floats(p["y"], p["n"])[::-1] + 1
 
 
+def words(p):
+    """Return the word, as an array, and the number that it is about."""
+    word, base = (np.ctypeslib.as_array(ctypes.c_uint32.from_address(int(p[n]))) for n in WORDS)
+    return word.reshape(1), int(base) + int(p["number"])
+
+
+WORDS = ("word", "base")
+
+
+def write_word(p):
+    word, number = words(p)
+    word[0] = number % 2**32
+
+
+def wait_word(p):
+    word, number = words(p)
+    return (int(word[0]) - number) % 2**32 < 2**31
+
+
 @pytest.fixture
 def folder(tmp_path):
     path = tmp_path / "kernels"
     path.mkdir()
     (path / "test.cu").write_text(KERNELS)
-    (path / "common.cuh").write_text("#pragma once\n")
+    for name in (arguments.COMMON, "exchange.cu"):
+        shutil.copy(arguments.FOLDER / name, path)
     return path
 
 
@@ -61,7 +84,8 @@ def folder(tmp_path):
 def fake(monkeypatch, folder):
     """The bindings that gpu.py sees, in place of CuPy's."""
     made = {k.name: k.arguments for k in arguments.kernels(folder).values()}
-    cuda = FakeCuda({"axpy": (made["axpy"], axpy), "shared": (made["shared"], shared)})
+    functions = (axpy, shared, write_word, wait_word)
+    cuda = FakeCuda({f.__name__: (made[f.__name__], f) for f in functions})
     for name, module in cuda.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "powerinfer.runtime.cuda.gpu", raising=False)
@@ -71,7 +95,7 @@ def fake(monkeypatch, folder):
         "CDLL",
         lambda name, **k: cuda.libcuda if name == detect.LIBRARY else load(name, **k),
     )
-    monkeypatch.setattr(compiler, "compile_all", lambda *a: {"test.cu": b"axpy shared"})
+    monkeypatch.setattr(compiler, "compile_all", lambda *a: {"test.cu": b"axpy shared", "exchange.cu": b"write_word wait_word"})
     yield cuda
     sys.modules.pop("powerinfer.runtime.cuda.gpu", None)
 
@@ -197,11 +221,9 @@ def test_kernels_may_begin_early_where_they_can(fake, folder):
 
 def test_streams_meet_by_events(device):
     first, second = device.stream(), device.stream()
-    host, at = device.pinned(8)
+    host, at = device.pinned(12)
     a = device.allocate(4)
-    if not device.has_wait_value:
-        pytest.skip("needs stream wait values to hold a stream")
-    first.wait_value(at, 1)
+    first.wait_value(at, at + 8, 1)
     first.memset(a, 5, 4)
     event = first.record()
     second.wait(event)
@@ -209,22 +231,21 @@ def test_streams_meet_by_events(device):
     assert not event.is_done() and not second.is_done() and not first.is_done()
     host[:4].view(np.int32)[0] = 1
     second.synchronize()
-    assert event.is_done() and host[4:].tolist() == [5] * 4
+    assert event.is_done() and host[4:8].tolist() == [5] * 4
 
 
 def test_values(device):
-    if not device.has_wait_value:
-        pytest.skip("this system has no stream wait values")
     stream = device.stream()
-    host, at = device.pinned(8)
-    words = host.view(np.int32)
-    stream.write_value(at, 41)
-    stream.wait_value(at + 4, -5)  # 0 is more
+    host, at = device.pinned(12)
+    words, base = host.view(np.int32), at + 8
+    words[2] = 30
+    stream.write_value(at, base, 11)
+    stream.wait_value(at + 4, base, -35)  # 0 is more
     stream.synchronize()
-    assert words.tolist() == [41, 0]
+    assert words.tolist() == [41, 0, 30]
     words[1] = 2**31 - 1
-    stream.wait_value(at + 4, -(2**31))  # one further, counting on
-    stream.write_value(at, -1)
+    stream.wait_value(at + 4, base, 2**31 - 30)  # one further, counting on
+    stream.write_value(at, base, -31)
     with pytest.raises(DeviceError, match="the word does not answer"):
         wait_until(stream.is_done, 0.05, "the word")
     assert words[0] == 41
@@ -326,12 +347,10 @@ def test_upload(device):
 
 
 def test_one_buffer_is_filled_while_the_other_travels(device):
-    if not device.has_wait_value:
-        pytest.skip("needs stream wait values to hold a stream")
     stream = device.stream()
-    host, at = device.pinned(4)
+    host, at = device.pinned(8)
     address = device.allocate(2000)
-    stream.wait_value(at, 1)
+    stream.wait_value(at, at + 4, 1)
     Uploader(device, stream, nbytes=1000).upload(address, [np.zeros(2000, np.uint8)])
     assert not stream.is_done()  # all of it is on its way, and upload has not waited
     host.view(np.int32)[0] = 1
@@ -366,7 +385,7 @@ def test_everything_is_given_back(fake, folder):
     del gpu, stream, graph, event, host
     gc.collect()
     assert not fake.memory and not fake.queues and not fake.events and not fake.graphs
-    assert fake.released.count("module") == 1
+    assert fake.released.count("module") == 2
 
 
 def test_lost_device(fake, folder):
@@ -388,8 +407,8 @@ def test_lost_device(fake, folder):
 
 def test_a_device_that_does_not_answer(fake, folder):
     gpu = gpu_class()(0, folder=folder)
-    stream, other, (host, at) = gpu.stream(), gpu.stream(), gpu.pinned(4)
-    stream.wait_value(at, 1)
+    stream, other, (host, at) = gpu.stream(), gpu.stream(), gpu.pinned(8)
+    stream.wait_value(at, at + 4, 1)
     released = list(fake.released)
     pattern = r"^Fake 1000 does not answer: nothing came back for 0\.02 s$"
     for stuck in (stream, other):  # the second finds the device given up
@@ -405,8 +424,8 @@ def test_a_device_that_does_not_answer(fake, folder):
 
 def test_close_does_not_wait_for_ever(fake, folder, monkeypatch):
     gpu = gpu_class()(0, folder=folder)
-    stream, (_, at), _ = gpu.stream(), gpu.pinned(4), gpu.allocate(4)
-    stream.wait_value(at, 1)
+    stream, (_, at), _ = gpu.stream(), gpu.pinned(8), gpu.allocate(4)
+    stream.wait_value(at, at + 4, 1)
     monkeypatch.setattr(sys.modules["powerinfer.runtime.cuda.gpu"], "_CLOSING_S", 0.01)
     gpu.close()
     assert "memory" not in fake.released
@@ -427,14 +446,31 @@ def test_other_errors_are_sentences(fake, folder, monkeypatch):
     assert stream.is_done()
 
 
-@pytest.mark.parametrize("code", [801, None])
-def test_systems_without_wait_values(fake, folder, monkeypatch, code):
-    name = "cuStreamWaitValue32_v2"
-    if code is None:
-        monkeypatch.delattr(type(fake.libcuda), name)
-    else:
-        monkeypatch.setattr(type(fake.libcuda), name, lambda self, *a: code)
-    assert not gpu_class()(0, folder=folder).has_wait_value
+@pytest.mark.parametrize(("blocking", "can_wait"), [(None, True), ("0", True), ("1", False)])
+def test_launches_that_block_cannot_wait_for_the_host(fake, folder, monkeypatch, blocking, can_wait):
+    monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
+    if blocking:
+        monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", blocking)
+    assert gpu_class()(0, folder=folder).has_wait_value is can_wait
+
+
+def test_values_in_graphs(device):
+    """A graph that waits is repeated with other numbers: they count from a word."""
+    stream = device.stream()
+    host, at = device.pinned(12)
+    words, base = host.view(np.int32), at + 8
+    with stream.capture() as graph:
+        stream.write_value(at, base, 1)
+        stream.wait_value(at + 4, base, 2)
+        stream.write_value(at, base, 3)
+    for first in (0, 100, 2**31 - 2):
+        words[2] = first
+        graph.launch(stream)
+        wait_until(lambda at=first + 1: words[0] == np.int64(at).astype(np.int32) or stream.is_done())
+        assert not stream.is_done()
+        words[1] = np.int64(first + 2).astype(np.int32)
+        stream.synchronize()
+        assert words[0] == np.int64(first + 3).astype(np.int32)
 
 
 def test_the_stand_in_has_the_signatures_of_cupy():

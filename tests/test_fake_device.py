@@ -57,19 +57,20 @@ def test_streams_go_their_own_ways_but_for_events():
 def test_values_are_waited_for():
     for seed in range(10):
         device = FakeDevice(seed)
-        a, b, (x, at) = device.stream(), device.stream(), words(device, 2)
-        b.wait_value(at[0], 7)
+        a, b, (x, at) = device.stream(), device.stream(), words(device, 3)
+        x[2] = 2
+        b.wait_value(at[0], at[2], 5)
         b.memset(at[1], 1, 4)
         with pytest.raises(DeviceError, match="does not answer"):
             FakeDevice.stream(device).wait(b.record())
             b.synchronize(0.01)
         assert x[1] == 0
         device.lost = ""
-        a.write_value(at[0], 9)
+        a.write_value(at[0], at[2], 7)
         b.synchronize()
         assert x[0] == 9 and x[1] == 0x01010101
         x[0] = 3  # counters may wrap
-        b.wait_value(at[0], 0xFFFFFFF0)
+        b.wait_value(at[0], at[2], -18)
         b.synchronize()
 
 

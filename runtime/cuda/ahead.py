@@ -1,8 +1,8 @@
-"""Decoding without the host between graphs: what a token needs is queued ahead, and device and
-CPU wait for each other.
+"""Decoding without the host in between: a token is one graph, and device and CPU wait for each
+other.
 
 Where the CPU has a part of the work there is an exchange of two words in pinned memory. The device
-writes a flag when it has sent what the part needs, and waits for an answer before what uses it. The
+writes a flag when what the part needs is there, and waits for an answer before what uses it. The
 CPU's parts are one program of the pool, in which a job polls the flag, and another answers.
 
 The words are numbers that grow from exchange to exchange, so that none is ever reset. Nothing
@@ -26,10 +26,6 @@ from .device import Device, Stream, wait_until
 from .tape import Tape
 
 PATIENCE = 20_000  # looks at a flag before Python may see to things: some 10 ms
-# Launches and copies that are queued behind one that waits for the CPU, some 8 layers; then the CPU
-# does its part. A driver's queue is finite (1024 launches, as is said), and stops whoever fills it
-# until the device goes on: for ever, if that waits for who has been stopped.
-DEPTH = 128
 
 _LINE = 64  # bytes
 
@@ -49,26 +45,32 @@ class AheadTape(Tape):
     ) -> None:
         super().__init__(stream, pool)
         load_kernels([await_flag, answer], notify)
-        words, at = device.pinned(2 * _LINE)  # a line each: one is written while one is polled
-        self._flag, self._answer = (words[i * _LINE :][:8].view(np.int64) for i in range(2))
-        self._flag_at, self._answer_at = at, at + _LINE
-        self._base, self._stop = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        # A line each: one is written while others are polled. The device knows the lower halves.
+        words, at = device.pinned(3 * _LINE)
+        self._flag, self._answer, self._base = (
+            words[i * _LINE :][:8].view(np.int64) for i in range(3)
+        )
+        self._flag_at, self._answer_at, self._base_at = at, at + _LINE, at + 2 * _LINE
+        self._stop = np.zeros(1, np.int64)
         self._last = 0  # number of the last exchange there was
         self._blocks: list[np.ndarray] = []  # that programs point to
         # While capturing: the numbers of marks, and of the last exchange; jobs that are not yet in
-        # a step, and how much has been queued since the first of them.
+        # a step.
         self._numbers: dict[str, int] = {}
         self._n = 0
         self._calls: list[Call] = []
-        self._queued = 0
+
+    def begin(self) -> None:
+        self._base[0] = self._last
 
     def mark(self, name: str) -> None:
         if self._steps is None:
             super().mark(name)
             return
         self._n += 1
-        number = self._numbers[name] = self._n
-        self._step(lambda: self.stream.write_value(self._flag_at, int(self._base[0]) + number))
+        self._numbers[name] = self._n
+        self._go_on()
+        self.stream.write_value(self._flag_at, self._base_at, self._n)
 
     def wait(self, name: str) -> None:
         if self._steps is None:
@@ -92,31 +94,24 @@ class AheadTape(Tape):
             return
         number = self._numbers[name]
         self._exchange(answer.address, number)
-        self._step(lambda: self.stream.wait_value(self._answer_at, int(self._base[0]) + number))
+        self._go_on()
+        self.stream.wait_value(self._answer_at, self._base_at, number)
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], None]:
         def whole() -> None:
             run()
             self._work_so_far()
 
-        self._n, self._calls, self._queued = 0, [], 0
+        self._n, self._calls = 0, []
         steps, n = super().capture(whole), self._n
 
         def play() -> None:
-            self._base[0], self._last = self._last, self._last + n
             try:
                 steps()
-            finally:
-                self._answer[0] = self._last  # if it has failed, the device must not wait for ever
+            finally:  # if it has failed, the device must not wait for ever
+                self._answer[0] = self._last = int(self._base[0]) + n
 
-        return play
-
-    def _go_on(self) -> None:
-        if self._calls:
-            self._queued += 1
-            if self._queued > DEPTH:
-                self._work_so_far()
-        super()._go_on()
+        return play if n else steps
 
     def _exchange(self, function: int, number: int) -> None:
         """Let the CPU do its part of an exchange at this point of the program."""
@@ -135,7 +130,7 @@ class AheadTape(Tape):
     def _work_so_far(self) -> None:
         """Let the CPU do its part of what has been queued."""
         if self._calls:
-            jobs, self._calls, self._queued = program(self._calls), [], 0
+            jobs, self._calls = program(self._calls), []
             self._step(lambda: self._work(jobs))
 
     def _work(self, jobs: Program) -> None:

@@ -67,14 +67,18 @@ class Stream(Protocol):
     def wait(self, event: Event) -> None:
         """Let later work of this stream start only after an event, of any stream."""
 
-    def write_value(self, address: int, value: int) -> None:
-        """Write a 32-bit word, after the work before it and visibly so. Needs has_wait_value."""
+    def write_value(self, address: int, base: int, number: int) -> None:
+        """Write a 32-bit word, after the work before it and visibly so. Needs has_wait_value.
 
-    def wait_value(self, address: int, value: int) -> None:
-        """Let later work start only when the 32-bit word is >= `value`. Needs has_wait_value.
+        The word at `address` becomes the one at `base` plus `number`. Both are pinned memory.
+        """
 
-        The comparison is cyclic, int32(word - value) >= 0, so that counters may wrap. Nothing
-        on the device ends this wait but the word: whoever queues it must be sure to write.
+    def wait_value(self, address: int, base: int, number: int) -> None:
+        """Let later work start only when a 32-bit word is written. Needs has_wait_value.
+
+        That is when the word at `address` is >= the one at `base` plus `number`; the comparison is
+        cyclic, int32(difference) >= 0, so that counters may wrap. Nothing on the device ends this
+        wait but the word: whoever queues it must be sure to write.
         """
 
     def is_done(self) -> bool:
@@ -90,8 +94,8 @@ class Stream(Protocol):
         """Capture, instead of queueing, what is queued in the block; the graph is whole after it.
 
         Other streams take part if they wait for an event of this one, and this one for theirs.
-        Values are not written or waited for in it, and nothing is allocated or synchronized;
-        an event that was recorded in it is for `wait` only.
+        Nothing is allocated or synchronized in it; an event that was recorded in it is for `wait`
+        only.
         """
 
 
@@ -100,7 +104,7 @@ class Device(Protocol):
 
     name: str
     memory_total: int  # bytes
-    has_wait_value: bool  # whether streams can write and wait for values
+    has_wait_value: bool  # whether work can be queued behind a wait for the host
 
     def memory_free(self) -> int:
         """Return how many bytes could be allocated now, by anybody."""

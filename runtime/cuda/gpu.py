@@ -143,23 +143,8 @@ class GPU(_Part):
             for source, cubin in cubins.items()
         }
         self._library = ctypes.CDLL(detect.LIBRARY)
-        self.has_wait_value = self._try_wait_value()
-
-    def _try_wait_value(self) -> bool:
-        """Try it: that the driver has the functions does not say that this system lets them.
-
-        Not where launches wait for what they launch: the host would, for an answer of its own.
-        """
-        if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
-            return False
-        (word, address), stream = self.pinned(4), self.stream()
-        try:
-            stream.write_value(address, 7)
-            stream.wait_value(address, 7)
-            stream.synchronize()
-        except (DeviceError, AttributeError):
-            return False
-        return int(word.view(np.int32)[0]) == 7
+        # Where launches wait for what they launch, the host would wait for an answer of its own.
+        self.has_wait_value = os.environ.get("CUDA_LAUNCH_BLOCKING", "0") == "0"
 
     def call(self, name: str, *args: Any) -> None:
         """Call a function of the driver that CuPy lacks."""
@@ -327,18 +312,16 @@ class GPUStream(_Part):
     def wait(self, event: Event) -> None:
         runtime.streamWaitEvent(self.handle, cast(GPUEvent, event).handle)
 
-    @_checked
-    def write_value(self, address: int, value: int) -> None:
-        self.gpu.call("cuStreamWriteValue32_v2", *self._word(address, value))
+    def write_value(self, address: int, base: int, number: int) -> None:
+        self._word("write_word", address, base, number)
 
-    @_checked
-    def wait_value(self, address: int, value: int) -> None:
-        self.gpu.call("cuStreamWaitValue32_v2", *self._word(address, value))
+    def wait_value(self, address: int, base: int, number: int) -> None:
+        self._word("wait_word", address, base, number)
 
-    def _word(self, address: int, value: int) -> tuple[Any, ...]:
-        word = ctypes.c_uint32(value)  # keeps the low 32 bits
-        no_flags = ctypes.c_uint(0)  # of a wait: cyclic >=; of a write: after what went before
-        return ctypes.c_void_p(self.handle), ctypes.c_uint64(address), word, no_flags
+    def _word(self, kernel: str, address: int, base: int, number: int) -> None:
+        # Kernels, since what the driver has for this cannot be captured everywhere.
+        args = arguments.fill(kernel, word=address, base=base, number=number)
+        self.launch(kernel, (1,), 32, args)
 
     @_checked
     def is_done(self) -> bool:

@@ -377,7 +377,7 @@ class Builder:
                 n_tok=at["counts"],
                 slot=slot,
                 n_list=at["listed"],
-                cold=at["cold"] if has_cold else 0,
+                cold=at["host_mask"] if has_cold else 0,
                 n_cold=0,
                 counters=counters,
                 heat=heat,

@@ -55,7 +55,7 @@ class CUDA:
         assert self._n_gpu, "without layers on the GPU it is the CPU backend's"
         # What both sides touch is pinned memory, before the CPU's argument blocks point at it.
         self._host_at = plan.buffers.relocate(self._pinned)
-        self._part, self._part_at = self._pinned(plan.buffers.x.shape, np.float32)
+        self._part, part_at = self._pinned(plan.buffers.x.shape, np.float32)
         self._counted, self._counted_at = self._pinned(plan.buffers.counts.shape, np.int64)
         self.cpu = CPU(plan, threads, notify)
 
@@ -73,6 +73,12 @@ class CUDA:
         self._at = {
             name: load.take(np.dtype(kind).itemsize * int(np.prod(shape)))
             for name, (kind, shape) in arrays.items()
+        }
+        # What the CPU's part needs, and what comes of it, goes straight to host memory and back.
+        self._at |= {
+            "host_mask": self._host_at["mask"],
+            "host_h": self._host_at["h"],
+            "host_part": part_at,
         }
         self._place_step()
         rope, rope_at = self._pinned(plan.rope.shape, np.float32)
@@ -157,10 +163,10 @@ class CUDA:
         row = getattr(self.plan.buffers, name)[0].nbytes
         self._tape.copy(self._at[name], self._host_at[name], row * self._n)
 
-    def _down(self, name: str, source: str = "") -> None:
+    def _down(self, name: str) -> None:
         """Copy the device's rows of the step's tokens to a host buffer."""
         row = getattr(self.plan.buffers, name)[0].nbytes
-        self._tape.copy(self._host_at[name], self._at[source or name], row * self._n)
+        self._tape.copy(self._host_at[name], self._at[name], row * self._n)
 
     def _wait(self) -> None:
         """Let the host wait for all that has been queued."""
@@ -204,18 +210,20 @@ class CUDA:
     def embed(self) -> None:
         self._tape.host(self._begin)
         self._x_is_there = True
+        if self._embed is None:
+            self._tape.host(self.cpu.embed)
         self._send_step()
         self._tape.memset(self._at["counted"], 0, self._counted.nbytes)
         if self._embed is not None:
             self._run(self._embed)
         else:
-            self._tape.host(self.cpu.embed)
             self._up("x")
 
     def _begin(self) -> None:
         if self._is_running:  # after Ctrl-C, an error: buffers may still be in use
             self._tape.stream.synchronize()
         self._is_running = True
+        self._tape.begin()
         self._counts_added[:] = 0
 
     def qkv(self, il: int) -> None:
@@ -258,10 +266,9 @@ class CUDA:
         self._divide(layer, layer.compact)
 
     def _divide(self, layer: LayerLaunches, compact: Launches) -> None:
-        """List the neurons of the device, and send the CPU what it needs for the others."""
+        """List the neurons of the device, and let the CPU have the others."""
         self._run(compact)
         if layer.has_cold:
-            self._down("mask", "cold")
             self._down("h")
             self._tape.mark("cold")
 
@@ -293,8 +300,6 @@ class CUDA:
             else:
                 part()
             self._tape.resume("cold")
-            row = self._part[0].nbytes
-            self._tape.copy(self._at["host_part"], self._part_at, row * self._n)
         self._run(layer.ffn_add)
 
     def audit(self, il: int) -> None:

@@ -2,7 +2,7 @@
 
 A tape is played as it is made, or, while capturing, kept: the device's work as graphs, cut where
 the host has something to do. So the operators are written once, for both. In this way the host
-waits for the device between graphs; ahead.py has another, for devices that can wait for it.
+waits for the device between graphs; ahead.py has another, for devices that can wait for the host.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ class Tape:
         """Queue setting bytes."""
         self._go_on()
         self.stream.memset(dst, byte, nbytes)
+
+    def begin(self) -> None:
+        """Begin a token, or several: all that has been queued before is done."""
 
     def mark(self, name: str) -> None:
         """Remember this point of the queue under a name."""
