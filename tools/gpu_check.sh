@@ -35,10 +35,13 @@ say "# GPU check, $(date -u '+%Y-%m-%d %H:%M') UTC, commit $(git rev-parse --sho
 say "" "    $(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader)"
 LINES_KEPT=40 check "what is found" 60 "$PYTHON" -m powerinfer doctor
 
-check "tests on the GPU" 150 "$PYTHON" -m pytest -q -m gpu tests/test_cuda_device.py tests/test_gpu.py
+LINES_KEPT=40 check "tests on the GPU" 150 \
+    "$PYTHON" -m pytest -q -rP -m gpu tests/test_cuda_device.py tests/test_gpu.py
 
 # Few tests, since every access is checked: each kernel of a prompt and of a token runs in them.
+# The tool waits for every launch; so must the engine, or it would wait for itself.
 SOME="test_logits_as_on_the_cpu and predicted or test_graphs"
+export CUDA_LAUNCH_BLOCKING=1
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         check "compute-sanitizer $tool" 100 compute-sanitizer --tool "$tool" --error-exitcode 9 \
@@ -47,6 +50,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
     say "" "## compute-sanitizer: not on this machine"
 fi
+unset CUDA_LAUNCH_BLOCKING
 
 if [ $# = 0 ]; then
     for model in 7b:build/7b.gguf: falcon-40b:build/falcon.gguf:--layers=12; do
@@ -55,6 +59,11 @@ if [ $# = 0 ]; then
         [ -e "$file" ] || "$PYTHON" -m powerinfer.tools.synth "$shape" -o "$file" $layers >/dev/null 2>&1
         set -- "$@" "$file"
     done
+    # Dense and in f16: enough bytes a token for the memory of a large card.
+    [ -e build/7b.f16.gguf ] || "$PYTHON" -m powerinfer.tools.synth 7b -o build/7b.f16.gguf \
+        --type f16 --predictor-type f16 --head-type f16 >/dev/null 2>&1
+    LINES_KEPT=6 check "7b in f16, all on the GPU, dense" 90 "$PYTHON" -m powerinfer bench \
+        -m build/7b.f16.gguf --backend cuda --dense -p 512 -n 64 -b 1 -r 3 --md
 fi
 for model in "$@"; do
     for budget in 0 1.5 3 8; do  # GiB; 0: the CPU alone

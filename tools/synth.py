@@ -35,6 +35,7 @@ from ..quantize.encoder import add_file_type, encode_rows, row_chunks
 from ..quantize.policy import TARGETS, Policy
 from ..runtime.config import ARCHITECTURES, RunOptions, model_config
 from ..runtime.engine import Engine
+from ..runtime.errors import PowerInferError
 from ..runtime.formats import BLOCK_SIZES, F32Array, GGMLType, decode, encode, row_bytes
 from ..runtime.gguf import GGUFFile, Metadata, Tensor, Value, ValueType
 from ..runtime.gguf_writer import GGUFWriter
@@ -382,7 +383,10 @@ def main() -> None:
     given = (args.predictor_type, args.head_type)
     predictor, head = (GGMLType[name.upper()] if name else None for name in given)
     target = TARGETS[args.type]
-    write_synthetic(args.shape, args.outfile, target, predictor, head, args.layers, args.seed)
+    try:
+        write_synthetic(args.shape, args.outfile, target, predictor, head, args.layers, args.seed)
+    except (PowerInferError, OSError) as error:
+        parser.exit(1, f"{args.outfile}: {error}\n")
     if args.verify:
         for key, value in verify(args.outfile).items():
             numbers = [f"{x:.3f}" for x in value] if isinstance(value, list) else [value]
