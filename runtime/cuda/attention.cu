@@ -242,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(256) attend_combine(const attend_co
         y = sum / total;
         p.a[(long long)t * cols + i] = y;
     }
-    if (p.packed.q) pack_block(y, p.packed, ((long long)t * cols + i) / QK);
+    if (p.packed.q) pack_block<1>({y}, p.packed, ((long long)t * cols + i) / QK);
 }
 
 // ---- several tokens of a sequence ----
