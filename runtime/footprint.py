@@ -60,7 +60,10 @@ def device_bytes(type_: GGMLType, rows: int, cols: int) -> int:
 
 
 def attention_splits(c: ModelConfig) -> int:
-    """Return into how many parts the context of a token on its own is cut (attention.cu)."""
+    """Return into how many parts at most the context of a token on its own is cut (attention.cu).
+
+    They follow from the model alone, so that nothing else changes the order of its sums.
+    """
     blocks = c.n_head_kv * -(-c.n_head // c.n_head_kv // ATTENTION_HEADS)
     return min(max(ATTENTION_BLOCKS // blocks, 1), 32)
 

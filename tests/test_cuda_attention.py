@@ -258,6 +258,7 @@ def test_check_mode_is_clean(shape, type_):
 # name: (text, what it becomes, the kind of fault that the check finds; or else the comparison)
 WRONG = "wrong result"
 FAULTS = {
+    "a token too many": ("(t < n_tok) & (position", "(position", "out of bounds"),
     "a row that is not seen is loaded": ("end - 1 - start) * head", "end - start) * head", WRONG),
     "a row that is not seen counts": (
         "start + lane / LANES + r * AT_ONCE < end;",

@@ -419,6 +419,12 @@ FAULTS = {
         "{\n        packed.d",
         "race",
     ),
+    "a token too many to rotate": (
+        "rope_append",
+        "(t < n_tok) & (position",
+        "(position",
+        "out of bounds",
+    ),
     "a pair too many": (
         "rope_append",
         "i >= p.head_dim / 2",
