@@ -37,7 +37,8 @@ _PLANES: dict[GGMLType, tuple[int, tuple[int, ...]]] = {
 CONTEXT_BYTES = 400 << 20  # the CUDA context: not ours to place, so outside of the budget
 GRAPH_BYTES = 256 << 10  # of captured graphs, for each layer
 WINDOW = 16 << 20  # bytes of a window for streaming cold neurons; there are two
-DOWN_SPLITS, ATTENTION_SPAN = 32, 256  # common.cuh, N_SPLITS; attention.cu, SPLIT
+DOWN_SPLITS = 32  # common.cuh, N_SPLITS
+ATTENTION_HEADS, ATTENTION_BLOCKS = 8, 256  # attention.cu: of a block; blocks for one token
 
 
 def device_type(type_: GGMLType) -> GGMLType:
@@ -56,6 +57,15 @@ def planes(type_: GGMLType, rows: int, cols: int) -> tuple[int, ...]:
 def device_bytes(type_: GGMLType, rows: int, cols: int) -> int:
     """Return the bytes that a matrix takes on the slab."""
     return sum(aligned(n) for n in planes(type_, rows, cols))
+
+
+def attention_splits(c: ModelConfig) -> int:
+    """Return into how many parts at most the context of a token on its own is cut (attention.cu).
+
+    They follow from the model alone, so that nothing else changes the order of its sums.
+    """
+    blocks = c.n_head_kv * -(-c.n_head // c.n_head_kv // ATTENTION_HEADS)
+    return min(max(ATTENTION_BLOCKS // blocks, 1), 32)
 
 
 def neuron_tensors(layer: Layer) -> list[Tensor]:
@@ -109,8 +119,7 @@ def workspace(
     is_predicted = mode == "predicted"
     ranks = (layer.fc1.rows for layer in w.layers if layer.fc1 is not None and is_predicted)
     rank, q_dim, kv_dim = max(ranks, default=0), c.n_head * c.head_dim, c.n_head_kv * c.head_dim
-    # In a pass of several tokens of one text no token's context is split.
-    split = (1 if n_seq == 1 else n_tok, c.n_head, -(-context // ATTENTION_SPAN))
+    split = (n_seq, c.n_head, attention_splits(c))  # of a text that has one token in a pass
     neurons = -(-c.n_ff // BLOCK) * BLOCK
     arrays: dict[str, tuple[str, tuple[int, ...]]] = {
         "step": ("i4", (2 + 3 * n_tok + n_out,)),

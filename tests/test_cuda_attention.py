@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from cuda_case import NOT_PACKED, Step, launch, packed
 from cusim.sim import SimError, Simulator, load, unavailable
+from powerinfer.runtime.footprint import attention_splits
 from powerinfer.runtime.formats import round_activations
 from powerinfer.runtime.reference import Reference
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 
-SPLIT = 256
 TYPES = {"f16": np.float16, "f32": np.float32}
 # n_head, n_head_kv, head_dim: groups of 1, 2, 8, 9, 71; sizes that fill no piece, no lane, no stage
 SHAPES = [
@@ -72,28 +72,28 @@ class Case:
         self,
         sim: Simulator,
         a: Any,
-        alone_only: bool = False,
         pack: Any = NOT_PACKED,
         order_seed: int | None = None,
+        n_splits: int = 0,
     ) -> None:
-        """attend_split and attend_combine, with room for two splits more than there are."""
+        """attend_split and attend_combine; n_splits of 0: as many as an engine has."""
         given = self.put(sim)
-        n_splits = -(-int(self.step.lengths.max()) // SPLIT) + 2
-        size = (self.step.n_tok_max, self.n_head, n_splits)
+        n_splits = n_splits or attention_splits(self)
+        size = (len(self.step.lengths), self.n_head, n_splits)
         parts = {
             "sums": sim.empty((*size, self.head_dim), np.float32, "sums"),
             "peaks": sim.empty(size, np.float32, "peaks"),
             "totals": sim.empty(size, np.float32, "totals"),
-            "alone_only": alone_only,
         }
         blocks = self.n_head_kv * -(-self.n_head // self.n_head_kv // 8)
         grid = (n_splits, blocks, self.step.n_tok_max)
-        launch(sim, f"attend_split_{self.type_}", grid, order_seed, **given, **parts)
+        group = self.n_head // self.n_head_kv
+        launch(sim, f"attend_split_{self.type_}", grid, order_seed, group=group, **given, **parts)
         names = ("counts", "rows", "positions", "n_head", "head_dim")
         launch(
             sim,
             "attend_combine",
-            (-(-self.q.shape[1] // 256), self.step.n_tok_max),
+            (-(-self.q.shape[1] // 128), self.step.n_tok_max),
             order_seed,
             **{name: given[name] for name in names},
             **parts,
@@ -144,20 +144,29 @@ def test_chunks_of_several_texts(shape, type_):
     a, expected = a.numpy(), case.expected()
     assert np.isnan(a[:-5][is_alone]).all()
     compare(np.concatenate([a[:-5][~is_alone], a[-5:]]), expected[~is_alone])
-    case.split(sim, alone, alone_only=True)
+    case.split(sim, alone)
     alone = alone.numpy()
     assert np.isnan(alone[:-5][~is_alone]).all()
     compare(np.concatenate([alone[:-5][is_alone], alone[-5:]]), expected[is_alone])
 
 
-@pytest.mark.parametrize("n_tok", [1, 3, 9])
-def test_tokens_of_a_text_by_splits(n_tok):
-    """attend_split works for a chunk too: each token sees the cache up to itself."""
-    case = Case((4, 2, 64), "f16", [(250, n_tok)])
-    sim = simulator()
-    a = case.new_a(sim)
-    case.split(sim, a)
-    compare(a.numpy(), case.expected())
+@pytest.mark.parametrize("n_splits", [1, 2, 7, 32])
+@pytest.mark.parametrize("shape", [(2, 2, 64), (4, 1, 80), (7, 1, 16), (1, 1, 18)])
+def test_any_number_of_splits(shape, n_splits):
+    """Long splits, of which a warp has one chunk after the other; and short ones, many empty."""
+    for type_ in TYPES:
+        case = Case(shape, type_, [(length - 1, 1) for length in (1, 16, 17, 500, 1100)])
+        sim = simulator()
+        a = case.new_a(sim)
+        case.split(sim, a, n_splits=n_splits)
+        compare(a.numpy(), case.expected())
+
+
+def test_splits_of_a_model():
+    """Blocks for all of a GPU, and no more than fit at once: two for each of 132."""
+    expected = {(32, 32): 8, (40, 40): 6, (32, 8): 32, (71, 1): 28, (128, 8): 16, (300, 300): 1}
+    for (n_head, n_head_kv), n in expected.items():
+        assert attention_splits(SimpleNamespace(n_head=n_head, n_head_kv=n_head_kv)) == n
 
 
 def test_neighbours_do_not_change_a_bit():
@@ -167,7 +176,7 @@ def test_neighbours_do_not_change_a_bit():
     case = Case(shape, "f16", texts)
     whole = case.new_a(sim)
     case.tile(sim, whole)
-    case.split(sim, whole, alone_only=True)
+    case.split(sim, whole)
     first = 0
     for row, (before, new) in enumerate(texts):
         for start in range(0, new, 2):
@@ -192,9 +201,9 @@ def test_blocks_in_any_order():
     sim = simulator()
     a, b = case.new_a(sim), case.new_a(sim)
     case.tile(sim, a)
-    case.split(sim, a, alone_only=True)
+    case.split(sim, a)
     case.tile(sim, b, order_seed=3)
-    case.split(sim, b, alone_only=True, order_seed=3)
+    case.split(sim, b, order_seed=3)
     np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
@@ -208,7 +217,7 @@ def test_large_scores():
     sim = simulator()
     a = case.new_a(sim)
     case.tile(sim, a)
-    case.split(sim, a, alone_only=True)
+    case.split(sim, a)
     # A score of hundreds, rounded, is 1e-5 off, and so is then its exponential.
     compare(a.numpy(), case.expected(), 1e-4)
 
@@ -231,12 +240,13 @@ def test_combine_packs():
 def checked(sim: Simulator, shape: tuple[int, int, int], type_: str) -> None:
     """Lone tokens and chunks, with every access checked where `sim` does; and compared."""
     case = Case(shape, type_, [(0, 9), (259, 1), (31, 1), (94, 3)], room=1)
-    a, pack = case.new_a(sim), NOT_PACKED
-    if a.shape[1] % 32 == 0:
-        pack = packed(sim, *a.shape)
-    case.split(sim, a, alone_only=True, pack=pack)
-    case.tile(sim, a)
-    compare(a.numpy(), case.expected())
+    for n_splits in (2, 17):  # long ones; more than are added up at once
+        a, pack = case.new_a(sim), NOT_PACKED
+        if a.shape[1] % 32 == 0:
+            pack = packed(sim, *a.shape)
+        case.split(sim, a, pack=pack, n_splits=n_splits)
+        case.tile(sim, a)
+        compare(a.numpy(), case.expected())
 
 
 @pytest.mark.parametrize("type_", TYPES)
@@ -248,33 +258,44 @@ def test_check_mode_is_clean(shape, type_):
 # name: (text, what it becomes, the kind of fault that the check finds; or else the comparison)
 WRONG = "wrong result"
 FAULTS = {
-    "split reads a page too far": (
-        "min(PAGE, p.positions[t] + 1 - start);",
-        "min(PAGE, p.positions[t] + 2 - start);",
+    "a token too many": ("(t < n_tok) & (position", "(position", "out of bounds"),
+    "a row that is not seen is loaded": ("end - 1 - start) * head", "end - start) * head", WRONG),
+    "a row that is not seen counts": (
+        "start + lane / LANES + r * AT_ONCE < end;",
+        "start + lane / LANES + r * AT_ONCE <= end;",
+        WRONG,
+    ),
+    "the page of the chunk before": (
+        "if (start + step < end) page = pages[(start + step) / PAGE];",
+        "",
+        WRONG,
+    ),
+    "wrong page": ("pages[first / PAGE]", "pages[first / PAGE + 1]", "out of bounds"),
+    "wrong page of a chunk": (
+        "pages[position / PAGE]",
+        "pages[position / PAGE + 1]",
         "out of bounds",
     ),
-    "wrong page": ("pages[position / PAGE]", "pages[position / PAGE + 1]", "out of bounds"),
     "wrong slot": (
         "PAGE + position % PAGE)",
         "PAGE + (position + 1) % PAGE)",
         "out of bounds",
     ),
-    "peaks read before all are there": (
-        "if (lane == 0) peaks[h][warp_id()] = peak;\n    }\n    __syncthreads();",
-        "if (lane == 0) peaks[h][warp_id()] = peak;\n    }\n    ",
+    "the query is read before it is there": (
+        "__syncwarp();  // the query",
+        "// the query",
         "uninitialised read",
     ),
-    "weights read before all are there": ("    __syncwarp();\n", "    \n", "uninitialised read"),
-    "parts added before all are there": (
-        "= sums[h][i];\n        __syncthreads();",
-        "= sums[h][i];\n        ",
-        "uninitialised read",
-    ),
-    "parts overwritten before they are added": (
-        "p.totals[part] = total;\n        }\n        __syncthreads();",
-        "p.totals[part] = total;\n        }\n        ",
+    "shares read before all are there": (
+        "    __syncthreads();\n    if (in_block",
+        "    if (in_block",
         "race",
     ),
+    "sums of the other lanes": ("is_upper * HALF +", "!is_upper * HALF +", WRONG),
+    "sums keep their old peak in a warp": ("sums[i] *= factor;", "sums[i] *= 1;", WRONG),
+    "sums keep their old peak": ("total *= factor, sum *= factor;", "", WRONG),
+    "a total keeps its old peak": ("        total *= factor;\n", "", WRONG),
+    "splits of another length": ("split_span(position + 1,", "split_span(position + 33,", WRONG),
     "stage read before it is filled": (
         "store_wide(x, &tile.stage[row][PIECE * piece]);\n    }\n    __syncthreads();",
         "store_wide(x, &tile.stage[row][PIECE * piece]);\n    }\n    ",

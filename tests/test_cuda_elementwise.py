@@ -111,6 +111,8 @@ class Norm(Case):
         counts = sim.array(np.array([NOWHERE, self.n_tok], np.int32), "counts")
         h = sim.empty((self.n_tok + ROOM, self.n), np.float32, "h")
         room, outputs = NOT_PACKED, {"h": h}
+        if self.index is None:  # for the CPU, too
+            outputs["host_h"] = sim.empty(h.shape, np.float32, "host_h")
         if self.n % 32 == 0:
             room = cuda_case.packed(sim, self.n_tok + ROOM, self.n)
             outputs |= dict(zip("qds", room, strict=True))
@@ -124,6 +126,7 @@ class Norm(Case):
             "is_layer": self.is_layer,
             "eps": 1e-5,
             "h": h,
+            "host_h": outputs.get("host_h"),
             "packed": room,
         }
 
@@ -141,6 +144,7 @@ class Norm(Case):
         h = ours["h"][: self.n_tok]
         close_enough(h, self.expected()["h"], 1e-6)
         assert np.isnan(ours["h"][self.n_tok :]).all()
+        np.testing.assert_array_equal(ours.get("host_h", ours["h"]), ours["h"])
         if self.n % 32 == 0:
             for name, theirs in zip("qds", pack(h), strict=True):
                 np.testing.assert_array_equal(ours[name][: self.n_tok], theirs)
@@ -278,7 +282,9 @@ def test_embed(suffix):
 
 
 @pytest.mark.parametrize("is_layer", [False, True])
-@pytest.mark.parametrize("n", [1, 31, 32, 96, 1000, 1056, 4128])
+@pytest.mark.parametrize(
+    "n", [1, 3, 31, 32, 96, 1000, 1056, 4096, 4101, 4128, 8224, 8197, 16384, 16416]
+)
 def test_norm(n, is_layer):
     Norm(n, is_layer, has_bias=n % 3 == 0, is_picked=n % 2 == 0).check(simulator())
 
@@ -348,6 +354,8 @@ def test_indices_beyond_an_int():
 EVERY = {
     "embed": Embed,
     "norm": lambda: Norm(1056, is_layer=True, is_picked=True),
+    "norm of 1001": lambda: Norm(1001, is_layer=True),
+    "norm of 5120": lambda: Norm(5120, is_layer=True),
     "pack": lambda: Pack(288),
     "rope_append": lambda: Rope((3, 2, 80)),
     "add_parts": AddParts,
@@ -379,10 +387,23 @@ FAULTS = {
     ),
     "a token too many to norm": (
         "norm",
-        "if (t >= p.counts[0]) return;\n    const float* x",
-        "const float* x",
+        "if (!is_there) return;\n        row",
+        "row",
         "out of bounds",
     ),
+    "a column too many of a row that is not whole": (
+        "norm of 1001",
+        "if (!IS_WHOLE && is_any) p.h[at + i + j]",
+        "if (!IS_WHOLE) p.h[at + i + j]",
+        "out of bounds",
+    ),
+    "columns too many of a row that is": (
+        "norm",
+        "i < n ? *(const float4*)",
+        "true ? *(const float4*)",
+        "out of bounds",
+    ),
+    "a block beyond the row": ("norm", "/ QK, is_any);", "/ QK);", "race"),
     "sums read before all are there": (
         "norm",
         "= x;\n    __syncthreads();",
@@ -398,14 +419,20 @@ FAULTS = {
     "a block too many": ("pack", " || first >= p.cols) return;", ") return;", "race"),
     "every lane says the scale": (
         "pack",
-        "if (lane_id() == 0) {\n        packed.d",
+        "if (lane_id() % LANES == 0) {\n        packed.d",
         "{\n        packed.d",
         "race",
     ),
+    "a token too many to rotate": (
+        "rope_append",
+        "(t < n_tok) & (position",
+        "(position",
+        "out of bounds",
+    ),
     "a pair too many": (
         "rope_append",
-        "i < p.head_dim / 2; i += 64",
-        "i <= p.head_dim / 2; i += 64",
+        "i >= p.head_dim / 2",
+        "i > p.head_dim / 2",
         "race",
     ),
     "an element too many": ("add_parts", " || i >= p.n) return;", ") return;", "out of bounds"),
@@ -430,23 +457,33 @@ WRONG = {
         "return 8 * unit + 4 * vector;",
         "return 8 * unit + 4 * (1 - vector);",
     ),
-    "eps beside the root": ("norm", "(squares) / p.n + p.eps)", "(squares) / p.n) + p.eps"),
+    "eps beside the root": ("norm", "(squares) / n + p.eps)", "(squares) / n) + p.eps"),
     "a variance about 0": (
         "norm",
-        "const float centred = x[i] - mean;",
-        "const float centred = x[i];",
+        "i + j < n ? four.x[j] - mean : 0;",
+        "i + j < n ? four.x[j] : 0;",
     ),
-    "index not looked at": ("norm", "p.index ? p.index[t] : t", "t"),
+    "columns beyond the row in its variance": (
+        "norm of 1001",
+        "i + j < n ? four.x[j] - mean : 0;",
+        "four.x[j] - mean;",
+    ),
+    "index not looked at": ("norm", "row = p.index[t];", ""),
+    "the first columns again": (
+        "norm of 5120",
+        "load_four<IS_WHOLE>(x, k * AT_ONCE + own",
+        "load_four<IS_WHOLE>(x, own",
+    ),
     "sums of half the warps": (
-        "norm",
+        "norm of 5120",
         "lane_id() < THREADS / WARP ?",
         "lane_id() < THREADS / WARP / 2 ?",
     ),
-    "a bias of other columns": ("norm", "y += p.bias[i];", "y += p.bias[first];"),
+    "a bias of other columns": ("norm", "+ four.bias[j]", "+ four.bias[0]"),
     "halves away from zero": (
         "pack",
-        "int(rintf(x * inverse))",
-        "int(x * inverse + (x < 0 ? -0.5f : 0.5f))",
+        "int(rintf(x[i] * inverse))",
+        "int(x[i] * inverse + (x[i] < 0 ? -0.5f : 0.5f))",
     ),
     "a scale where all is zero": ("pack", "amax < SMALLEST_AMAX", "amax < 0"),
     "128 steps": ("pack", "amax / 127;", "amax / 128;"),
@@ -469,7 +506,7 @@ WRONG = {
         "(int s = 1; s < p.n_parts; s++)",
     ),
     "the bias of other columns": ("add_parts", "sum += p.bias[i];", "sum += p.bias[threadIdx.x];"),
-    "the CPU's part of another token": ("add_parts", "sum += p.other[at];", "sum += p.other[i];"),
+    "the CPU's part of another token": ("add_parts", "load_fresh(p.other + at)", "load_fresh(p.other + i)"),
     "a token too many": ("add_parts", "int(blockIdx.y) >= p.counts[0] || i >= p.n", "i >= p.n"),
 }
 

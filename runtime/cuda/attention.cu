@@ -3,7 +3,7 @@
 //   a[t] = softmax(q[t] . K * scale) V     for each query head; n_head / n_head_kv share a kv head
 //
 // A token that is the only one of its sequence in a step (decoding) is for attend_split, which cuts
-// its context into SPLITs, so that a long one occupies the whole GPU, and attend_combine. Tokens of
+// its context into splits that occupy the whole GPU, and attend_combine. Tokens of
 // a prompt's chunk are for attend_tile, which reads a page once for many of them. Which of the two
 // computes a token, and in what order, follows from its own sequence alone: its neighbours of other
 // sequences do not change a bit, nor do, in a chunk, those of its own.
@@ -20,10 +20,27 @@ __device__ inline bool is_alone(const int* rows, int n_tok, int t) {
 }
 
 // ---- one token, in splits of its context ----
+//
+// What takes the time here is waiting: of a 7b model a token's K and V in a layer, 520 positions
+// long, are worth 3 us of an H100's memory, which is as long as a few loads that wait for each
+// other. So the work is cut such that a warp asks at once for all that it will read (16 rows of 128
+// halves of each), and threads meet once, at the end.
+//
+// A context is cut into at most n_splits splits, which are longer in a longer context. footprint.py
+// has so many that there are 256 blocks, two for each of 132 multiprocessors. With 32 heads these
+// are 8 splits: at a length of 520 of 80 positions each, in 224 blocks; at 2048 of 256, in 256; at
+// 32768 of 4096, in 256 blocks that have 128 KiB in flight on each multiprocessor. What is summed
+// up again afterwards does not grow with the context. (Splits of 256 positions at any length would
+// be 96 blocks of work at 520, a third of them for 8 positions, and 4096 blocks at 32768.)
 
-constexpr int SPLIT = ATTEND_WARPS * PAGE;  // positions: a page for each warp
-constexpr int HEADS = 8;                    // query heads of a block
-constexpr int QUAD = 4;                     // lanes that share the rows of K
+constexpr int SPLIT_UNIT = 16;  // positions; what a warp has at once divides it, and it PAGE
+constexpr int LOADS = 4;        // loads of 16 bytes that a lane has in flight from each of its rows
+
+// Positions of a split, in a context of `length`.
+__device__ inline int split_span(int length, int n_splits) {
+    const unsigned unit = n_splits * SPLIT_UNIT;
+    return (length + unit - 1) / unit * SPLIT_UNIT;
+}
 
 struct attend_split_args {
     const int* counts;             // Step.counts
@@ -36,162 +53,225 @@ struct attend_split_args {
     const unsigned char* k_cache;  // the layer's, see cache.cuh
     const unsigned char* v_cache;
     int n_head, n_head_kv;
+    int group;                     // n_head / n_head_kv: given, as a division is 100 cycles of wait
     int head_dim;                  // at most 256
     float scale;                   // 1 / sqrt(head_dim)
-    int alone_only;                // leave tokens that are not alone in the step to attend_tile
-    float* sums;                   // [n_tok][n_head][n_splits][head_dim]
-    float* peaks;                  // [n_tok][n_head][n_splits]
-    float* totals;                 // [n_tok][n_head][n_splits]
+    float* sums;                   // [n_seq][n_head][n_splits][head_dim]
+    float* peaks;                  // [n_seq][n_head][n_splits]
+    float* totals;                 // [n_seq][n_head][n_splits]
 };
 
+// sum and total of some positions: of V and of 1, each times exp(score - peak).
+struct Weighted {
+    float peak = -3.0e38f, total = 0, sum = 0;
+
+    // Adds those of n others, of which it takes eight at most: their loads do not wait for each
+    // other. Their sums are `stride` apart.
+    static constexpr int AT_ONCE = 8;
+    __device__ void add(const float* peaks, const float* totals, const float* sums, int stride,
+                        int n) {
+        float their_peaks[AT_ONCE], their_totals[AT_ONCE], their_sums[AT_ONCE], before = peak;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            their_peaks[i] = i < n ? peaks[i] : -infinity();
+            their_totals[i] = i < n ? totals[i] : 0;
+            their_sums[i] = i < n ? sums[i * stride] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) peak = fmaxf(peak, their_peaks[i]);
+        const float factor = expf(before - peak);
+        total *= factor, sum *= factor;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const float theirs = expf(their_peaks[i] - peak);
+            total = fmaf(theirs, their_totals[i], total);
+            sum = fmaf(theirs, their_sums[i], sum);
+        }
+    }
+};
+
+// What the warps of a block leave in shared memory, each in its own part.
+struct Shares {
+    float query[ATTEND_WARPS][MAX_HEAD_DIM];  // of the warp's head, then zeros
+    float sums[ATTEND_WARPS][MAX_HEAD_DIM];
+    float peaks[ATTEND_WARPS], totals[ATTEND_WARPS];
+};
+
+// Adds x up over the lanes that differ in bit FROM, and those below it down to DISTANCE. Each step
+// leaves a lane half of the numbers: in the end it has N * DISTANCE / WARP, at the start of x.
+// Returns which of the N its first one is.
+template <int DISTANCE, int FROM = WARP / 2, int N>
+__device__ inline int share_sums(float (&x)[N]) {
+    if constexpr (FROM < DISTANCE) {
+        return 0;
+    } else {
+        constexpr int HALF = N * FROM / WARP;
+        const bool is_upper = lane_id() & FROM;
+#pragma unroll
+        for (int i = 0; i < HALF; i++) {
+            const float kept = is_upper ? x[HALF + i] : x[i], given = is_upper ? x[i] : x[HALF + i];
+            x[i] = kept + __shfl_xor_sync(ALL_LANES, given, FROM);
+        }
+        return is_upper * HALF + share_sums<DISTANCE, FROM / 2>(x);
+    }
+}
+
+// What the warp has of its head from `begin` to `end`: of chunks of rows every n_shares-th, from
+// number `share` on. LANES lanes share a row, each has every LANES-th piece of DEEP rows, of K and
+// of V alike, so that the weights that a lane needs for V are those of its own rows.
+template <class T, int LANES, bool IS_WHOLE>
+__device__ inline void attend_rows(const attend_split_args& p, Shares& shares, const int* pages,
+                                   const float* q, int kv_head, int begin, int end, int share,
+                                   int n_shares) {
+    constexpr int DEEP = IS_WHOLE ? 2 : 1;  // rows whose pieces are no loads take registers
+    constexpr int AT_ONCE = WARP / LANES, CHUNK = DEEP * AT_ONCE;
+    constexpr int EACH = IN_LOAD<T>, N = LOADS * EACH;
+    const int head_dim = p.head_dim, warp = warp_id(), lane = lane_id(), part = lane % LANES;
+    const int first = begin + share * CHUNK, step = n_shares * CHUNK;
+    int page = first < end ? pages[first / PAGE] : 0;  // arrives with q; the next ones with K
+#pragma unroll
+    for (int d = lane; d < MAX_HEAD_DIM; d += WARP) {
+        shares.query[warp][d] = d < head_dim ? q[d] : 0;
+    }
+    float peak = -3.0e38f, total = 0, sums[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) sums[i] = 0;
+
+    for (int start = first; start < end; start += step) {
+        const long long at = index_in(page, start, kv_head, p.n_head_kv, head_dim);
+        const T *k = (const T*)p.k_cache + at, *v = (const T*)p.v_cache + at;
+        int4 keys[DEEP][LOADS], values[DEEP][LOADS];
+        int rows[DEEP];
+#pragma unroll
+        for (int r = 0; r < DEEP; r++) {
+            // Rows that are not seen may hold anything: the last one that is stands in for them.
+            rows[r] = min(lane / LANES + r * AT_ONCE, end - 1 - start) * head_dim;
+#pragma unroll
+            for (int j = 0; j < LOADS; j++) {
+                keys[r][j] = load_raw<IS_WHOLE>(k + rows[r], part + j * LANES, head_dim);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < DEEP; r++) {
+#pragma unroll
+            for (int j = 0; j < LOADS; j++) {
+                values[r][j] = load_raw<IS_WHOLE>(v + rows[r], part + j * LANES, head_dim);
+            }
+        }
+        if (start + step < end) page = pages[(start + step) / PAGE];
+        __syncwarp();  // the query is there; and no load comes after what waits for others
+
+        float scores[DEEP] = {};
+#pragma unroll
+        for (int j = 0; j < LOADS; j++) {
+            float query[EACH];
+            load_wide(&shares.query[warp][EACH * (part + j * LANES)], query);
+#pragma unroll
+            for (int r = 0; r < DEEP; r++) {
+                float key[EACH];
+                widen(keys[r][j], key);
+#pragma unroll
+                for (int i = 0; i < EACH; i++) scores[r] = fmaf(query[i], key[i], scores[r]);
+            }
+        }
+        const float before = peak;
+#pragma unroll
+        for (int r = 0; r < DEEP; r++) {
+#pragma unroll
+            for (int distance = 1; distance < LANES; distance *= 2) {
+                scores[r] += __shfl_xor_sync(ALL_LANES, scores[r], distance);
+            }
+            const bool is_seen = start + lane / LANES + r * AT_ONCE < end;
+            scores[r] = is_seen ? scores[r] * p.scale : -infinity();
+            peak = fmaxf(peak, scores[r]);
+        }
+#pragma unroll
+        for (int distance = LANES; distance < WARP; distance *= 2) {
+            peak = fmaxf(peak, __shfl_xor_sync(ALL_LANES, peak, distance));
+        }
+        const float factor = expf(before - peak);  // 0 at first
+        total *= factor;
+#pragma unroll
+        for (int i = 0; i < N; i++) sums[i] *= factor;
+#pragma unroll
+        for (int r = 0; r < DEEP; r++) {
+            const float weight = expf(scores[r] - peak);
+            total += weight;
+#pragma unroll
+            for (int j = 0; j < LOADS; j++) {
+                float value[EACH];
+                widen(values[r][j], value);
+#pragma unroll
+                for (int i = 0; i < EACH; i++) {
+                    sums[j * EACH + i] = fmaf(weight, value[i], sums[j * EACH + i]);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int distance = LANES; distance < WARP; distance *= 2) {
+        total += __shfl_xor_sync(ALL_LANES, total, distance);
+    }
+    const int own = share_sums<LANES>(sums);
+#pragma unroll
+    for (int i = 0; i < N / AT_ONCE; i++) {
+        const int piece = part + (own + i) / EACH * LANES;
+        shares.sums[warp][EACH * piece + (own + i) % EACH] = sums[i];
+    }
+    if (lane == 0) shares.peaks[warp] = peak, shares.totals[warp] = total;
+}
+
 // Of each split s: peak = max of the scores, total = sum of exp(score - peak), and
-// sums = sum of exp(score - peak) * V.   A block is a token, a split, and up to 8 query heads.
-// Bytes: K and V of the split, once for each 8 of the query heads that share them (in these, again
-// from the L2 cache); 4 * (head_dim + 2) written for each head.
-//
-// A warp has a page. For K a quad of lanes reads a row, a lane every fourth piece, four rows at a
-// time, so that what it reads of q serves four rows: 4 loads of 16 bytes a lane are in flight. For
-// V a lane keeps its 8 dimensions of all heads, and as many rows are read at once as fill the warp.
+// sums = sum of exp(score - peak) * V.   A block is a token, a split, and up to 8 query heads of a
+// kv head. A warp has one head; where heads are few, several warps share one.
+// Bytes: K and V of the split, once for each 8 of the query heads that share them (for these 8,
+// again from the L1 cache); 4 * (head_dim + 2) written for each head.
 //
 // launch: grid (n_splits, n_head_kv * ceil(n_head / n_head_kv / 8), n_tok), block 256
 template <class T> __device__ inline void attend_split(const attend_split_args& p) {
-    __shared__ alignas(16) float query[HEADS][MAX_HEAD_DIM];
-    __shared__ alignas(16) float weights[ATTEND_WARPS][PAGE][HEADS];
-    __shared__ alignas(16) float parts[ATTEND_WARPS][WARP * PIECE];  // of a head
-    __shared__ float peaks[HEADS][ATTEND_WARPS], totals[HEADS][ATTEND_WARPS];
+    __shared__ alignas(16) Shares shares;
+    const int t = blockIdx.z, n_splits = gridDim.x;
+    int position, sequence;
+    after_predecessors();
+    if (!find_token(p.counts, p.positions, p.rows, t, position, sequence)) return;
+    const int length = position + 1, span = split_span(length, n_splits);
+    const int begin = blockIdx.x * span, end = min(begin + span, length);
+    if (begin >= length || !is_alone(p.rows, p.counts[0], t)) return;
 
-    const int t = blockIdx.z, n_tok = p.counts[0], begin = blockIdx.x * SPLIT;
-    if (t >= n_tok || begin > p.positions[t]) return;
-    if (p.alone_only && !is_alone(p.rows, n_tok, t)) return;
-    const int group = p.n_head / p.n_head_kv, blocks = (group + HEADS - 1) / HEADS;
-    const int kv_head = blockIdx.y / blocks, in_group = blockIdx.y % blocks * HEADS;
-    const int first_head = kv_head * group + in_group, heads = min(HEADS, group - in_group);
-    const int head_dim = p.head_dim, pieces = n_pieces(head_dim), lane = lane_id();
-
-    const float* q = p.q + (long long)t * p.q_stride + (long long)first_head * head_dim;
-    for (int i = threadIdx.x; i < heads * MAX_HEAD_DIM; i += ATTEND_THREADS) {
-        const int head = i / MAX_HEAD_DIM, d = i % MAX_HEAD_DIM;
-        query[head][d] = d < head_dim ? q[head * head_dim + d] : 0;
+    const int blocks = (p.group + ATTEND_WARPS - 1) / ATTEND_WARPS;  // of a kv head
+    const int kv_head = blocks == 1 ? blockIdx.y : blockIdx.y / blocks;
+    const int in_group = (blockIdx.y - kv_head * blocks) * ATTEND_WARPS;
+    const int heads = min(ATTEND_WARPS, p.group - in_group);
+    const int n_shares = heads == 1 ? 8 : heads == 2 ? 4 : heads <= 4 ? 2 : 1;  // of a head: warps
+    const int in_block = warp_id() / n_shares, share = warp_id() % n_shares;
+    const int head = kv_head * p.group + in_group + in_block, head_dim = p.head_dim;
+    if (in_block < heads) {
+        const int* pages = p.pages + (long long)sequence * p.pages_cols;
+        const float* q = p.q + (long long)t * p.q_stride + head * head_dim;
+        // So many lanes to a row that their loads reach its end.
+        constexpr int MOST = MAX_HEAD_DIM * sizeof(T) / (16 * LOADS);
+        const int bytes = head_dim * int(sizeof(T));
+        if (bytes % 16) {
+            attend_rows<T, MOST, false>(p, shares, pages, q, kv_head, begin, end, share, n_shares);
+        } else if (bytes <= 4 * 16 * LOADS) {
+            attend_rows<T, 4, true>(p, shares, pages, q, kv_head, begin, end, share, n_shares);
+        } else if (MOST == 8 || bytes <= 8 * 16 * LOADS) {
+            attend_rows<T, 8, true>(p, shares, pages, q, kv_head, begin, end, share, n_shares);
+        } else {
+            attend_rows<T, MOST, true>(p, shares, pages, q, kv_head, begin, end, share, n_shares);
+        }
     }
     __syncthreads();
-
-    const int start = begin + warp_id() * PAGE;  // of the warp's page
-    const int n_seen = min(PAGE, p.positions[t] + 1 - start);  // may be <= 0
-    const T *k = nullptr, *v = nullptr;  // [PAGE][head_dim]
-    if (n_seen > 0) {
-        const int* pages = p.pages + (long long)p.rows[t] * p.pages_cols;
-        const long long at = cache_index(pages, start, kv_head, p.n_head_kv, head_dim);
-        k = (const T*)p.k_cache + at, v = (const T*)p.v_cache + at;
-    }
-
-    // Lane l works on the rows l / 4 + 8 r.
-    float scores[HEADS][QUAD];
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-#pragma unroll
-        for (int r = 0; r < QUAD; r++) scores[h][r] = 0;
-    }
-    for (int piece = lane % QUAD; piece < pieces && n_seen > 0; piece += QUAD) {
-        float keys[QUAD][PIECE];
-#pragma unroll
-        for (int r = 0; r < QUAD; r++) {
-            // Rows that are not seen may hold anything: the last one that is stands in for them.
-            const int row = min(lane / QUAD + r * (WARP / QUAD), n_seen - 1);
-            load_piece(k + row * head_dim, piece, head_dim, keys[r]);
-        }
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) {
-            if (h >= heads) break;
-            float part[PIECE];
-            load_wide(&query[h][PIECE * piece], part);
-#pragma unroll
-            for (int r = 0; r < QUAD; r++) {
-#pragma unroll
-                for (int i = 0; i < PIECE; i++) {
-                    scores[h][r] = fmaf(part[i], keys[r][i], scores[h][r]);
-                }
-            }
-        }
-    }
-    // From here on lane l has the row l / 4 + 8 (l % 4).
-    const int own = lane / QUAD + lane % QUAD * (WARP / QUAD);
-    float score[HEADS] = {};  // of heads that are not there: 0
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        if (h >= heads) break;
-#pragma unroll
-        for (int r = 0; r < QUAD; r++) {
-            float sum = scores[h][r];
-            sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-            sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-            if (r == lane % QUAD) score[h] = sum * p.scale;
-        }
-        const float peak = warp_max(own < n_seen ? score[h] : -infinity());
-        if (lane == 0) peaks[h][warp_id()] = peak;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        if (h >= heads) break;
-        float peak = peaks[h][0];  // of the split; the first page always has a position
-        for (int w = 1; w < ATTEND_WARPS; w++) peak = fmaxf(peak, peaks[h][w]);
-        score[h] = own < n_seen ? expf(score[h] - peak) : 0;  // a weight from here on
-        const float total = warp_sum(score[h]);
-        if (lane == 0) totals[h][warp_id()] = total;
-    }
-    store_wide(score, weights[warp_id()][own]);
-    __syncwarp();
-
-    // Lane l has the piece l % pieces, of the rows l / pieces + i * at_once.
-    const int at_once = WARP / pieces, piece = lane % pieces;
-    float sums[HEADS][PIECE];
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-#pragma unroll
-        for (int i = 0; i < PIECE; i++) sums[h][i] = 0;
-    }
-    if (lane < at_once * pieces) {
-#pragma unroll 4
-        for (int row = lane / pieces; row < n_seen; row += at_once) {
-            float values[PIECE], weight[HEADS];
-            load_piece(v + row * head_dim, piece, head_dim, values);
-            load_wide(weights[warp_id()][row], weight);
-#pragma unroll
-            for (int h = 0; h < HEADS; h++) {
-                if (h >= heads) break;
-#pragma unroll
-                for (int i = 0; i < PIECE; i++) {
-                    sums[h][i] = fmaf(weight[h], values[i], sums[h][i]);
-                }
-            }
-        }
-    }
-    const long long at = ((long long)t * p.n_head + first_head) * gridDim.x + blockIdx.x;
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        if (h >= heads) break;
-        const long long part = at + (long long)h * gridDim.x;
-#pragma unroll
-        for (int i = 0; i < PIECE; i++) parts[warp_id()][PIECE * lane + i] = sums[h][i];
-        __syncthreads();
-        const int d = threadIdx.x;
-        if (d < head_dim) {
-            float sum = 0;
-            for (int w = 0; w < ATTEND_WARPS; w++) {
-                for (int r = 0; r < at_once; r++) sum += parts[w][r * pieces * PIECE + d];
-            }
-            p.sums[part * head_dim + d] = sum;
-        }
-        if (d == 0) {
-            float peak = peaks[h][0], total = totals[h][0];
-            for (int w = 1; w < ATTEND_WARPS; w++) {
-                peak = fmaxf(peak, peaks[h][w]);
-                total += totals[h][w];
-            }
-            p.peaks[part] = peak;
-            p.totals[part] = total;
-        }
-        __syncthreads();
+    if (in_block >= heads) return;
+    // The warps of a head add up what each of them has, each for some of the dimensions.
+    const int first = in_block * n_shares;
+    const long long at = ((long long)sequence * p.n_head + head) * n_splits + blockIdx.x;
+    for (int d = share * WARP + lane_id(); d < head_dim; d += n_shares * WARP) {
+        Weighted all;
+        all.add(shares.peaks + first, shares.totals + first, &shares.sums[first][d], MAX_HEAD_DIM,
+                n_shares);
+        p.sums[at * head_dim + d] = all.sum;
+        if (d == 0) p.peaks[at] = all.peak, p.totals[at] = all.total;
     }
 }
 
@@ -211,38 +291,36 @@ struct attend_combine_args {
     const float* totals;
     int n_splits;         // attend_split's grid
     int n_head, head_dim;
-    int alone_only;
     float* a;             // [n_tok][n_head * head_dim]
     Packed packed;        // the same rounded; null if not wanted; n_head * head_dim % 32 == 0
 };
 
 // a[t] = sum over s of e^(peak[s] - peak) sums[s] / sum over s of e^(peak[s] - peak) totals[s],
-// peak their largest; s are the splits that the token's context has, in order.
+// peak their largest; s are the splits that the token's context has, in order, eight at a time,
+// whose loads do not wait for each other.
 // Bytes a token: n_splits * n_head * (head_dim + 2) * 4 read, n_head * head_dim * 5.25 written.
 //
-// launch: grid (ceil(n_head * head_dim / 256), n_tok), block 256
-extern "C" __global__ void __launch_bounds__(256) attend_combine(const attend_combine_args p) {
-    const int t = blockIdx.y, n_tok = p.counts[0], cols = p.n_head * p.head_dim;
-    const int i = blockIdx.x * 256 + threadIdx.x;
-    if (t >= n_tok || i - lane_id() >= cols) return;
-    if (p.alone_only && !is_alone(p.rows, n_tok, t)) return;
-    const int n_splits = p.positions[t] / SPLIT + 1;
+// launch: grid (ceil(n_head * head_dim / 128), n_tok), block 128
+extern "C" __global__ void __launch_bounds__(128) attend_combine(const attend_combine_args p) {
+    const int t = blockIdx.y, cols = p.n_head * p.head_dim, i = blockIdx.x * 128 + threadIdx.x;
+    int position, sequence;
+    after_predecessors();
+    if (!find_token(p.counts, p.positions, p.rows, t, position, sequence)) return;
+    if (i - lane_id() >= cols || !is_alone(p.rows, p.counts[0], t)) return;
+    const unsigned n = unsigned(position) / split_span(position + 1, p.n_splits) + 1;
     float y = 0;
     if (i < cols) {
-        const long long at = ((long long)t * p.n_head + i / p.head_dim) * p.n_splits;
-        const float* sums = p.sums + at * p.head_dim + i % p.head_dim;
-        float peak = p.peaks[at], sum = 0, total = 0;
-        for (int s = 1; s < n_splits; s++) peak = fmaxf(peak, p.peaks[at + s]);
-#pragma unroll 4
-        for (int s = 0; s < n_splits; s++) {
-            const float factor = expf(p.peaks[at + s] - peak);
-            sum = fmaf(factor, sums[(long long)s * p.head_dim], sum);
-            total = fmaf(factor, p.totals[at + s], total);
+        const int head = unsigned(i) / p.head_dim, d = i - head * p.head_dim;
+        const long long at = ((long long)sequence * p.n_head + head) * p.n_splits;
+        Weighted all;
+        for (unsigned s = 0; s < n; s += Weighted::AT_ONCE) {
+            const float* sums = p.sums + (at + s) * p.head_dim + d;
+            all.add(p.peaks + at + s, p.totals + at + s, sums, p.head_dim, n - s);
         }
-        y = sum / total;
+        y = all.sum / all.total;
         p.a[(long long)t * cols + i] = y;
     }
-    if (p.packed.q) pack_block(y, p.packed, ((long long)t * cols + i) / QK);
+    if (p.packed.q) pack_block<1>({y}, p.packed, ((long long)t * cols + i) / QK);
 }
 
 // ---- several tokens of a sequence ----
@@ -436,6 +514,7 @@ __device__ inline void attend_tile(const attend_tile_args& p, Tile& tile) {
 // launch: grid (ceil(n_tok * n_head / n_head_kv / queries), n_head_kv), block 256
 template <class T> __device__ inline void attend_tile(const attend_tile_args& p) {
     __shared__ alignas(16) Tile tile;
+    after_predecessors();
     if (p.head_dim <= STAGE_DIMS) {
         attend_tile<T, 4, 1>(p, tile);
     } else {

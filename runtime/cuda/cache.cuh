@@ -3,11 +3,27 @@
 #pragma once
 #include "common.cuh"
 
-// Index of the first number of a head at a position; `pages` is its sequence's row of the table.
+// Where a token is: its position, in which sequence. False if there is no token t, though it has a
+// place in the arrays: all three loads are on their way before one is waited for. (No position and
+// no sequence is negative. As it is asked, the compiler does not put off their loads until it is
+// known whether they are of use.)
+__device__ inline bool find_token(const int* counts, const int* positions, const int* rows, int t,
+                                  int& position, int& sequence) {
+    const int n_tok = counts[0];
+    position = positions[t], sequence = rows[t];
+    return (t < n_tok) & (position >= 0) & (sequence >= 0);
+}
+
+// Index of the first number of a head at a position, which is in this page.
+__device__ inline long long index_in(long long page, int position, int head, int n_head_kv,
+                                     int head_dim) {
+    return ((page * n_head_kv + head) * PAGE + position % PAGE) * head_dim;
+}
+
+// The same, given `pages`, its sequence's row of the table.
 __device__ inline long long cache_index(const int* pages, int position, int head, int n_head_kv,
                                         int head_dim) {
-    const long long page = pages[position / PAGE];
-    return ((page * n_head_kv + head) * PAGE + position % PAGE) * head_dim;
+    return index_in(pages[position / PAGE], position, head, n_head_kv, head_dim);
 }
 
 __device__ inline float number(unsigned short h) { return half_to_float(h); }
@@ -15,23 +31,56 @@ __device__ inline float number(float x) { return x; }
 __device__ inline void put(unsigned short* at, float x) { *at = float_to_half(x); }
 __device__ inline void put(float* at, float x) { *at = x; }
 
-// Numbers are read in pieces of 8, by loads of 16 bytes; a last short piece is filled with zeros.
-constexpr int PIECE = 8;
-__device__ inline int n_pieces(int head_dim) { return (head_dim + PIECE - 1) / PIECE; }
+// Numbers of type T in a load of 16 bytes; and these as floats.
+template <class T> constexpr int IN_LOAD = 16 / sizeof(T);
 
-__device__ inline void load_wide(const unsigned short* from, float (&out)[PIECE]) {
-    const int4 raw = *(const int4*)from;
+__device__ inline void widen(const int4& raw, float (&out)[8]) {
     const int words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-    for (int i = 0; i < PIECE; i++) {
+    for (int i = 0; i < 8; i++) {
         out[i] = half_to_float((unsigned short)(unsigned(words[i / 2]) >> 16 * (i % 2)));
     }
 }
 
-__device__ inline void load_wide(const float* from, float (&out)[PIECE]) {
-    const float4 a = ((const float4*)from)[0], b = ((const float4*)from)[1];
-    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
-    out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+__device__ inline void widen(const int4& raw, float (&out)[4]) {
+    out[0] = __int_as_float(raw.x), out[1] = __int_as_float(raw.y);
+    out[2] = __int_as_float(raw.z), out[3] = __int_as_float(raw.w);
+}
+
+__device__ inline unsigned bits_of(unsigned short h) { return h; }
+__device__ inline unsigned bits_of(float x) { return __float_as_uint(x); }
+
+// 16 bytes of a row of `cols` numbers, the `piece`-th; beyond the row are zeros. IS_WHOLE: rows are
+// multiples of 16 bytes; else they follow each other without gaps, and pieces are not aligned.
+template <bool IS_WHOLE, class T>
+__device__ inline int4 load_raw(const T* row, int piece, int cols) {
+    constexpr int N = IN_LOAD<T>;
+    if (IS_WHOLE) {
+        return N * piece < cols ? ((const int4*)row)[piece] : make_int4(0, 0, 0, 0);
+    }
+    unsigned words[4] = {};
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int col = N * piece + i;
+        if (col < cols) words[4 * i / N] |= bits_of(row[col]) << 128 / N * i % 32;
+    }
+    return make_int4(words[0], words[1], words[2], words[3]);
+}
+
+// Numbers are taken in pieces of 8; a last short piece is filled with zeros.
+constexpr int PIECE = 8;
+__device__ inline int n_pieces(int head_dim) { return (head_dim + PIECE - 1) / PIECE; }
+
+__device__ inline void load_wide(const unsigned short* from, float (&out)[PIECE]) {
+    widen(*(const int4*)from, out);
+}
+
+template <int N> __device__ inline void load_wide(const float* from, float (&out)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        const float4 x = *(const float4*)(from + i);
+        out[i] = x.x, out[i + 1] = x.y, out[i + 2] = x.z, out[i + 3] = x.w;
+    }
 }
 
 __device__ inline void store_wide(const float (&x)[PIECE], float* to) {

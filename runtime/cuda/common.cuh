@@ -58,6 +58,13 @@ __device__ inline void after_predecessors() {
 #endif
 }
 
+// A float in host memory, as it is now: not as a cache has it.
+#ifdef CUSIM
+inline float load_fresh(const float* p) { return *p; }
+#else
+__device__ inline float load_fresh(const float* p) { return __ldcv(p); }
+#endif
+
 // ---- half numbers, stored as unsigned short; rounding is to nearest even ----
 
 #ifdef CUSIM

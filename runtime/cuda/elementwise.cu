@@ -22,6 +22,7 @@ struct embed_args {
 template <class F> __device__ inline void embed(const embed_args& p) {
     constexpr int VECTOR = F::UNIT / F::VECTORS;  // weights in columns that follow each other
     const int t = blockIdx.y, n = p.embd.cols;
+    after_predecessors();
     if (t >= p.counts[0]) return;
     const float* table =
         p.table ? p.table + (long long)(p.positions[t] + p.offset) * n : nullptr;
@@ -57,43 +58,123 @@ struct norm_rows_args {
     int is_layer;         // layer norm, else RMS norm
     float eps;
     float* h;             // [n_tok][n]
+    float* host_h;        // the same, for the CPU; null if not wanted
     Packed packed;        // [n_tok][n]; null if not wanted; n % 32 == 0
 };
 
-// h[t] = (x - m) / sqrt(mean((x - m)^2) + eps) * weight + bias, x = x[index[t]], m its mean or 0
-// (layer norm, arXiv 1607.06450; RMS norm, arXiv 1910.07467), and the same packed.
-// Bytes: 8 * n read (x again from the L1 cache), 5.25 * n written.
-//
-// launch: grid n_tok, block 1024
 constexpr int NORM_THREADS = 1024;
+constexpr int AT_ONCE = 4 * NORM_THREADS;  // columns
 
-extern "C" __global__ void __launch_bounds__(1024, 1) norm_rows(const norm_rows_args p) {
-    const int t = blockIdx.x;
-    if (t >= p.counts[0]) return;
-    const float* x = p.x + (long long)(p.index ? p.index[t] : t) * p.n;
-    float* h = p.h + (long long)t * p.n;
+// Columns i to i + 3 of a row of n; 0 beyond it. IS_WHOLE: n % 4 == 0.
+template <bool IS_WHOLE>
+__device__ inline void load_four(const float* row, int i, int n, float (&out)[4]) {
+    if (IS_WHOLE) {
+        const float4 x = i < n ? *(const float4*)(row + i) : make_float4(0, 0, 0, 0);
+        out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w;
+    } else {
+#pragma unroll
+        for (int j = 0; j < 4; j++) out[j] = i + j < n ? row[i + j] : 0;
+    }
+}
+
+// Of a row the first PARTS * 4096 columns are read once, and together. What is beyond them, in a
+// row that is not whole, is read each time again.
+template <int PARTS, bool IS_WHOLE> __device__ inline void norm_row(const norm_rows_args& p) {
+    struct Four {
+        float x[4], weight[4], bias[4];
+    };
+    constexpr bool IS_TOGETHER = PARTS <= 2;  // else there are no registers for the weights
+    const int t = blockIdx.x, n = p.n, own = 4 * threadIdx.x;
+    const auto load_weights = [&](int i, Four& four) {
+        load_four<IS_WHOLE>(p.weight, i, n, four.weight);
+        load_four<IS_WHOLE>(p.bias, i, p.bias ? n : 0, four.bias);
+    };
+    Four fours[PARTS];
+#pragma unroll
+    for (int k = 0; k < PARTS; k++) {
+        if (IS_TOGETHER) load_weights(k * AT_ONCE + own, fours[k]);
+    }
+    after_predecessors();
+    // x where its row is t does not wait for what says whether there is a token t.
+    const bool is_there = t < p.counts[0];
+    int row = t;
+    if (p.index) {
+        if (!is_there) return;
+        row = p.index[t];
+    }
+    const float* x = p.x + (long long)row * n;
+#pragma unroll
+    for (int k = 0; k < PARTS; k++) {
+        load_four<IS_WHOLE>(x, k * AT_ONCE + own, n, fours[k].x);
+    }
+    // f(i, columns i to i + 3) for all that are this thread's; the lanes of a warp keep together.
+    const auto each = [&](auto f) {
+#pragma unroll
+        for (int k = 0; k < PARTS; k++) {
+            if (!IS_TOGETHER) load_weights(k * AT_ONCE + own, fours[k]);
+            f(k * AT_ONCE + own, fours[k]);
+        }
+        if (IS_WHOLE) return;
+        for (int i = PARTS * AT_ONCE + own; i - 4 * lane_id() < n; i += AT_ONCE) {
+            Four four;
+            load_weights(i, four);
+            load_four<IS_WHOLE>(x, i, n, four.x);
+            f(i, four);
+        }
+    };
     float mean = 0;
     if (p.is_layer) {
         float sum = 0;
-        for (int i = threadIdx.x; i < p.n; i += NORM_THREADS) sum += x[i];
-        mean = block_sum<NORM_THREADS>(sum) / p.n;
+        each([&](int, const Four& four) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) sum += four.x[j];
+        });
+        mean = block_sum<NORM_THREADS>(sum) / n;
     }
     float squares = 0;
-    for (int i = threadIdx.x; i < p.n; i += NORM_THREADS) {
-        const float centred = x[i] - mean;
-        squares = fmaf(centred, centred, squares);
-    }
-    const float scale = 1 / sqrtf(block_sum<NORM_THREADS>(squares) / p.n + p.eps);
-    // A warp takes 32 columns at a time: one block of packed.
-    for (int first = warp_id() * WARP; first < p.n; first += NORM_THREADS) {
-        const int i = first + lane_id();
-        float y = 0;
-        if (i < p.n) {
-            y = (x[i] - mean) * scale * p.weight[i];
-            if (p.bias) y += p.bias[i];
-            h[i] = y;
+    each([&](int i, const Four& four) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float centred = i + j < n ? four.x[j] - mean : 0;
+            squares = fmaf(centred, centred, squares);
         }
-        if (p.packed.q) pack_block(y, p.packed, ((long long)t * p.n + first) / QK);
+    });
+    const float scale = 1 / sqrtf(block_sum<NORM_THREADS>(squares) / n + p.eps);
+    const long long at = (long long)t * n;
+    each([&](int i, const Four& four) {
+        float y[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const bool is_any = is_there && i + j < n;
+            y[j] = is_any ? (four.x[j] - mean) * scale * four.weight[j] + four.bias[j] : 0;
+            if (!IS_WHOLE && is_any) p.h[at + i + j] = y[j];
+            if (!IS_WHOLE && is_any && p.host_h) p.host_h[at + i + j] = y[j];
+        }
+        const bool is_any = is_there && i < n;
+        if (IS_WHOLE && is_any) {
+            const float4 all = make_float4(y[0], y[1], y[2], y[3]);
+            *(float4*)(p.h + at + i) = all;
+            if (p.host_h) *(float4*)(p.host_h + at + i) = all;
+        }
+        if (p.packed.q) pack_block(y, p.packed, (at + i) / QK, is_any);
+    });
+}
+
+// h[t] = (x - m) / sqrt(mean((x - m)^2) + eps) * weight + bias, x = x[index[t]], m its mean or 0
+// (layer norm, arXiv 1607.06450; RMS norm, arXiv 1910.07467), and the same packed.
+// Bytes: 8 * n read, with a bias 12 * n; 5.25 * n written. For one token that is little, and the
+// time that of loads that wait for each other: all are made at once.
+//
+// launch: grid n_tok, block 1024
+extern "C" __global__ void __launch_bounds__(1024, 1) norm_rows(const norm_rows_args p) {
+    if (p.n % 4 || p.n > 4 * AT_ONCE) {
+        norm_row<1, false>(p);
+    } else if (p.n <= AT_ONCE) {
+        norm_row<1, true>(p);
+    } else if (p.n <= 2 * AT_ONCE) {
+        norm_row<2, true>(p);
+    } else {
+        norm_row<4, true>(p);
     }
 }
 
@@ -109,9 +190,10 @@ struct pack_args {
 // launch: grid (ceil(cols / 256), n_tok), block 256
 extern "C" __global__ void __launch_bounds__(256) pack(const pack_args p) {
     const int first = blockIdx.x * 256 + warp_id() * WARP;
+    after_predecessors();
     if (int(blockIdx.y) >= p.counts[0] || first >= p.cols) return;
     const long long at = (long long)blockIdx.y * p.cols + first;
-    pack_block(p.x[at + lane_id()], p.packed, at / QK);
+    pack_block<1>({p.x[at + lane_id()]}, p.packed, at / QK);
 }
 
 struct rope_append_args {
@@ -136,46 +218,46 @@ struct rope_append_args {
 // head of q and k (arXiv 2104.09864); k and v go into the cache, rounded half to even.
 // Bytes a token: q read and written, k and v read, once more written in the cache's type.
 //
-// launch: grid (n_head + 2 * n_head_kv, n_tok), block 64
+// launch: grid (n_head + 2 * n_head_kv, n_tok), block 128
 template <class T> __device__ inline void rope_append(const rope_append_args& p) {
-    const int t = blockIdx.y;
-    if (t >= p.counts[0]) return;
-    const int position = p.positions[t], head = blockIdx.x;
+    const int t = blockIdx.y, head = blockIdx.x, i = threadIdx.x;  // of a pair; head_dim <= 256
+    int position, sequence;
+    after_predecessors();
+    if (!find_token(p.counts, p.positions, p.rows, t, position, sequence)) return;
+    if (i >= p.head_dim / 2) return;
     const bool is_q = head < p.n_head, is_v = head >= p.n_head + p.n_head_kv;
+    const bool is_rotated = i < p.half && !is_v, is_apart = is_rotated && p.is_neox;
+    const int first = is_apart ? i : 2 * i, second = is_apart ? i + p.half : 2 * i + 1;
     const int kv_head = head - p.n_head - is_v * p.n_head_kv;  // of k and v
     float* q = p.q + (long long)t * p.q_stride + head * p.head_dim;
     const float* kv = (is_v ? p.v + (long long)t * p.v_stride : p.k + (long long)t * p.k_stride) +
                       kv_head * p.head_dim;
     const float* from = is_q ? q : kv;
-    T* cache = nullptr;
-    if (!is_q) {
-        const int* pages = p.pages + (long long)p.rows[t] * p.pages_cols;
-        cache = (T*)(is_v ? p.v_cache : p.k_cache) +
-                cache_index(pages, position, kv_head, p.n_head_kv, p.head_dim);
-    }
     const float* table = p.table + 2ll * position * p.half;
-    for (int i = threadIdx.x; i < p.head_dim / 2; i += 64) {
-        const bool is_rotated = i < p.half && !is_v;
-        const bool is_apart = is_rotated && p.is_neox;
-        const int first = is_apart ? i : 2 * i, second = is_apart ? i + p.half : 2 * i + 1;
-        float a = from[first], b = from[second];
-        if (is_rotated) {
-            const float cos = table[i], sin = table[p.half + i], before = a;
-            a = a * cos - b * sin;
-            b = before * sin + b * cos;
-        }
-        if (is_q) {
-            q[first] = a, q[second] = b;
-        } else {
-            put(cache + first, a), put(cache + second, b);
-        }
+    float a = from[first], b = from[second];
+    const float cos = is_rotated ? table[i] : 1, sin = is_rotated ? table[p.half + i] : 0;
+    const auto rotate = [&] {
+        if (!is_rotated) return;
+        const float before = a;
+        a = a * cos - b * sin;
+        b = before * sin + b * cos;
+    };
+    if (is_q) {
+        rotate();
+        q[first] = a, q[second] = b;
+    } else {
+        const int* pages = p.pages + (long long)sequence * p.pages_cols;
+        T* cache = (T*)(is_v ? p.v_cache : p.k_cache) +
+                   cache_index(pages, position, kv_head, p.n_head_kv, p.head_dim);
+        rotate();  // not before: the page need not wait for what is rotated
+        put(cache + first, a), put(cache + second, b);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(64) rope_append_f16(const rope_append_args p) {
+extern "C" __global__ void __launch_bounds__(128) rope_append_f16(const rope_append_args p) {
     rope_append<unsigned short>(p);
 }
-extern "C" __global__ void __launch_bounds__(64) rope_append_f32(const rope_append_args p) {
+extern "C" __global__ void __launch_bounds__(128) rope_append_f32(const rope_append_args p) {
     rope_append<float>(p);
 }
 
@@ -186,7 +268,7 @@ struct add_parts_args {
     int n_parts;
     long long part_stride;  // floats
     const float* bias;      // [n] or null
-    const float* other;     // [n_tok][n] or null: the CPU's part in the hybrid
+    const float* other;     // [n_tok][n] or null: the CPU's part in the hybrid, in host memory
     int n;
 };
 
@@ -196,12 +278,13 @@ struct add_parts_args {
 // launch: grid (ceil(n / 256), n_tok), block 256
 extern "C" __global__ void __launch_bounds__(256) add_parts(const add_parts_args p) {
     const int i = blockIdx.x * 256 + threadIdx.x;
+    after_predecessors();
     if (int(blockIdx.y) >= p.counts[0] || i >= p.n) return;
     const long long at = (long long)blockIdx.y * p.n + i;
     float sum = 0;
 #pragma unroll 8
     for (int s = 0; s < p.n_parts; s++) sum += p.parts[s * p.part_stride + at];
     if (p.bias) sum += p.bias[i];
-    if (p.other) sum += p.other[at];
+    if (p.other) sum += load_fresh(p.other + at);
     p.x[at] += sum;
 }

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..backend import Plan
 from ..config import POSITION_OFFSET
-from ..footprint import ATTENTION_SPAN, BLOCK, DOWN_SPLITS, device_type
+from ..footprint import ATTENTION_HEADS, BLOCK, DOWN_SPLITS, attention_splits, device_type
 from ..formats import INTEGER_DOT
 from ..gguf import Tensor
 from ..plan import LayerPlacement
@@ -54,6 +54,16 @@ class Launches:
 
     def __add__(self, other: Launches) -> Launches:
         return Launches([*self.one, *other.one], [*self.many, *other.many])
+
+    def with_argument(self, name: str, value: Any) -> Launches:
+        """Return the same launches but for one argument."""
+
+        def changed(launch: Launch) -> Launch:
+            args = launch.args.copy()
+            args[name] = value
+            return dataclasses.replace(launch, args=args)
+
+        return Launches(list(map(changed, self.one)), list(map(changed, self.many)))
 
 
 def blocks_in(slot: np.ndarray) -> np.ndarray:
@@ -144,11 +154,12 @@ class Builder:
         a = self._input("a")
         out = self._product(load.matrix(layer.wo), a, at["x"], ADD, layer.bo)
         neurons, add, add_streamed = self._neurons(il, layer, place, resident)
+        h, host_h = self._input("h"), at["host_h"] if has_cold else 0
         launches = LayerLaunches(
             qkv=self._qkv(layer, cache),
-            attend=self._attend(cache),
-            out_add=self._packed(a, layer.wo.cols, layer.wo) + out,
-            ffn_norm=self._norm(layer.ffn_norm, layer.ffn_norm_bias, self._input("h")),
+            attend=self._attend(cache, layer.wo),
+            out_add=Launches([], self._packed(a, layer.wo.cols, layer.wo).many) + out,
+            ffn_norm=self._norm(layer.ffn_norm, layer.ffn_norm_bias, h, host=host_h),
             predict=self._predict(layer) if is_predicted else Launches(),
             compact=self._compact(il, resident.slot, has_cold, self._counters(il), self._heat(il)),
             recompact=self._compact(il, resident.slot, has_cold, 0, 0),
@@ -163,6 +174,7 @@ class Builder:
         every = at["every_slot"]
         streamed = dataclasses.replace(
             launches,
+            ffn_norm=launches.ffn_norm.with_argument("host_h", 0),
             compact=self._compact(il, every, False, self._counters(il), self._heat(il)),
             recompact=self._compact(il, every, False, 0, 0),
             ffn_add=add_streamed,
@@ -256,8 +268,14 @@ class Builder:
         return self._at["counts"] + (4 if of_outputs else 0)
 
     def _norm(
-        self, weight: Tensor, bias: Tensor | None, to: _Input, of_outputs: bool = False
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        to: _Input,
+        of_outputs: bool = False,
+        host: int = 0,
     ) -> Launches:
+        """to = norm of x, rounded too; `host`: where the CPU wants it, or 0."""
         c = self._plan.config
         return _always(
             _launch(
@@ -272,6 +290,7 @@ class Builder:
                 is_layer=int(c.traits.norm == "layer"),
                 eps=c.norm_eps,
                 h=to.x,
+                host_h=host,
                 packed=to.packed if c.n_embd % 32 == 0 else (0, 0, 0),
             )
         )
@@ -319,39 +338,47 @@ class Builder:
         )
         return launches + _always(rope)
 
-    def _attend(self, cache: dict[str, int]) -> Launches:
+    def _attend(self, cache: dict[str, int], wo: Tensor) -> Launches:
+        """Softmax over the cache. Of one token it is rounded, too, where wo wants it."""
         c, at = self._plan.config, self._at
-        n_splits, group = _parts(len(self._plan.rope), ATTENTION_SPAN), c.n_head // c.n_head_kv
-        q_dim, kv_dim = c.n_head * c.head_dim, c.n_head_kv * c.head_dim
+        n_splits, group = attention_splits(c), c.n_head // c.n_head_kv
+        q_dim, kv_dim, a = c.n_head * c.head_dim, c.n_head_kv * c.head_dim, self._input("a")
         query = {"q": at["qkv"], "q_stride": q_dim + 2 * kv_dim, "scale": c.head_dim**-0.5}
         partial = {name: at[f"attention_{name}"] for name in ("sums", "peaks", "totals")}
         reads = {**self._where(), **self._heads(), **cache, **query}
         split = _launch(
             f"attend_split_{self._kv}",
-            lambda n: (n_splits, c.n_head_kv * _parts(group, 8), n),
-            alone_only=1,
+            lambda n: (n_splits, c.n_head_kv * _parts(group, ATTENTION_HEADS), n),
+            group=group,
             **reads,
             **partial,
         )
-        combine = _launch(
-            "attend_combine",
-            lambda n: (_parts(q_dim, 256), n),
-            **{name: at[name] for name in ("counts", "rows", "positions", "a")},
-            n_splits=n_splits,
-            n_head=c.n_head,
-            head_dim=c.head_dim,
-            packed=(0, 0, 0),
-            alone_only=1,
-            **partial,
-        )
+
+        def combine(packed: tuple[int, int, int]) -> Launch:
+            return _launch(
+                "attend_combine",
+                lambda n: (_parts(q_dim, 128), n),
+                **{name: at[name] for name in ("counts", "rows", "positions")},
+                n_splits=n_splits,
+                n_head=c.n_head,
+                head_dim=c.head_dim,
+                a=a.x,
+                packed=packed,
+                **partial,
+            )
+
         per_tile = 16 if c.head_dim > 128 else 32
         tile = _launch(
             f"attend_tile_{self._kv}",
             lambda n: (_parts(n * group, per_tile), c.n_head_kv),
             **reads,
-            a=at["a"],
+            a=a.x,
         )
-        return Launches([split, combine], [split, combine, tile])
+        is_rounded = device_type(wo.type) in INTEGER_DOT
+        one = [split, combine(a.packed if is_rounded else (0, 0, 0))]
+        # Of a pass of one text either it is the only token, or none is the only one of its text.
+        alone = [] if len(self._plan.step.pages) == 1 else [split, combine((0, 0, 0))]
+        return Launches(one, [*alone, tile])
 
     def _predict(self, layer: Layer) -> Launches:
         c, at = self._plan.config, self._at

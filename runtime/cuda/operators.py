@@ -269,7 +269,6 @@ class CUDA:
         """List the neurons of the device, and let the CPU have the others."""
         self._run(compact)
         if layer.has_cold:
-            self._down("h")
             self._tape.mark("cold")
 
     def take_mask(self, il: int) -> None:
