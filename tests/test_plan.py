@@ -511,12 +511,11 @@ def test_workspace_has_the_buffers_of_a_pass(files):
     model = load_model(files["tiny"])
     c, w = model.config, model.weights
     arrays = workspace(w, c, "predicted", n_tok=48, n_out=8, n_seq=2, context=300)
-    buffers = vars(Buffers(c, 48, 8))
-    qkv = np.concatenate([buffers.pop(name) for name in "qkv"], axis=1)
-    for name, array in (*buffers.items(), ("qkv", qkv)):
-        if name != "truth":  # audits are the CPU's
+    for name, array in vars(Buffers(c, 48, 8)).items():
+        if name not in ("q", "truth"):  # q is part of qkv; audits are the CPU's
             shape = arrays["counted" if name == "counts" else name]
             assert np.empty(shape[1], shape[0]).nbytes == array.nbytes, name
+    assert arrays["qkv"][1] == (48, (c.n_head + 2 * c.n_head_kv) * c.head_dim)
     assert arrays["pages"][1] == (2, 10) and arrays["rope"][1] == (300, 2, 32)
     assert arrays["down_parts"][1] == (48, 512) and arrays["attention_sums"][1] == (2, 8, 32, 64)
     total = sum(padded(np.empty(shape, kind).nbytes) for kind, shape in arrays.values())
