@@ -66,7 +66,7 @@ ACTIVATIONS = {
 FFN = layout(
     "counts h packs ones mask has_mask is_dense act rows n_rows fired active n_active values "
     "activation threshold x down_bias lanes totals act_packs wanted place scratch scratch_bytes "
-    "n_threads is_transposed width decider:MATRIX up:MATRIX down:MATRIX"
+    "n_threads is_transposed is_part width decider:MATRIX up:MATRIX down:MATRIX"
 )
 
 AUDIT = layout(
@@ -201,7 +201,8 @@ def ffn(args, control, epoch, thread):
     """x [n_embd] += FFN(h); counts what was read and what fired.
 
     Phases: 0 list the predicted neurons, 1 decider, 2 list those that fired, 3 up and down by
-    lanes, 4 add the lanes up; or, in the standard layout of down, 4 pack act, 5 multiply.
+    lanes, 4 add the lanes up; or, in the standard layout of down, 4 pack act, 5 multiply. A part of
+    another backend's FFN begins with x = 0 and with h, which that has made, packed: beside 0.
     """
     decider = args + 8 * FFN.decider
     n_ff, n_embd = arg(decider, MATRIX.rows), arg(decider, MATRIX.cols)
@@ -213,13 +214,18 @@ def ffn(args, control, epoch, thread):
     scratch = arg(args, FFN.scratch) + thread * arg(args, FFN.scratch_bytes)
     n_threads, x = arg(args, FFN.n_threads), arg(args, FFN.x)
 
-    n_tasks = 1 if has_mask else 0
+    n_tasks = 2 if arg(args, FFN.is_part) != 0 else 1 if has_mask else 0
     while True:
         task = take(control, 0, epoch, n_tasks)
         if task < 0:
             break
-        clear_flags(fired, n_ff)
-        store_i32(n_rows_at, np.int32(list_rows(mask, n_ff, rows)))
+        if task == 0:
+            clear_flags(fired, n_ff)
+            store_i32(n_rows_at, np.int32(list_rows(mask, n_ff, rows)))
+        else:
+            fill_zero(x, n_embd)
+            if n_embd % 32 == 0:
+                pack(arg(args, FFN.h), n_embd, arg(args, FFN.packs), arg(args, FFN.ones))
         finish(control, 0)
     if not wait(control, 0, epoch, n_tasks):
         return

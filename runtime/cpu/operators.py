@@ -260,6 +260,7 @@ class CPU:
                     totals=b.counts[il],
                     act_packs=act_packs,
                     is_transposed=layer.down_t is not None,
+                    is_part=0,
                     decider=matrix(layer.decider, layer.decider_bias),
                     up=matrix(layer.up, layer.up_bias),
                     width=max(ffn_batch.WIDTH, BLOCK_SIZES[down.type][0]),
@@ -352,8 +353,10 @@ class CPU:
         self._run(linear.predict, self._predict[il])
 
     def ffn(self, il: int) -> None:
-        is_one = self._captured is not None or self.plan.step.n_tok == 1
-        self._run(ffn.ffn if is_one else ffn_batch.ffn_batch, self._ffn[il])
+        self._run(ffn.ffn if self._is_one() else ffn_batch.ffn_batch, self._ffn[il])
+
+    def _is_one(self) -> bool:
+        return self._captured is not None or self.plan.step.n_tok == 1
 
     def show(self) -> None:
         """All operators work in plan.buffers, and have finished when they return."""
@@ -374,13 +377,15 @@ class CPU:
         for il in layers:
             block = self._ffn[il]
             block[ffn.FFN.x] = address(out)
-            block[ffn.FFN.has_mask], block[ffn.FFN.is_dense] = 1, 0
+            block[ffn.FFN.is_part] = block[ffn.FFN.has_mask] = 1
+            block[ffn.FFN.is_dense] = 0
             block[ffn.FFN.down_bias] = block[ffn.FFN.down + MATRIX.bias] = 0
 
     def ffn_part(self, il: int) -> None:
         """See be_part()."""
-        self._run(linear.clear_rows, self._clear_part)
-        self.pack_h()
+        if not self._is_one():  # for one token ffn does this itself
+            self._run(linear.clear_rows, self._clear_part)
+            self.pack_h()
         self.ffn(il)
 
     def pack_h(self) -> None:
