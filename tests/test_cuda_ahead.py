@@ -59,7 +59,9 @@ def test_the_same_bits_in_any_interleaving(kind, model, right):
 def test_a_token_is_one_graph(kind, model, monkeypatch):
     """Nothing is queued behind a wait for the CPU but by that graph: no queue can be full."""
     graphs, launch = [], FakeGraph.launch
-    monkeypatch.setattr(FakeGraph, "launch", lambda g, stream: graphs.append(g) or launch(g, stream))
+    monkeypatch.setattr(
+        FakeGraph, "launch", lambda g, stream: graphs.append(g) or launch(g, stream)
+    )
     with hybrid(*of_kind(model, kind)) as llm:
         decoded(llm, 0)
         graphs.clear()

@@ -95,7 +95,11 @@ def fake(monkeypatch, folder):
         "CDLL",
         lambda name, **k: cuda.libcuda if name == detect.LIBRARY else load(name, **k),
     )
-    monkeypatch.setattr(compiler, "compile_all", lambda *a: {"test.cu": b"axpy shared", "exchange.cu": b"write_word wait_word"})
+    monkeypatch.setattr(
+        compiler,
+        "compile_all",
+        lambda *a: {"test.cu": b"axpy shared", "exchange.cu": b"write_word wait_word"},
+    )
     yield cuda
     sys.modules.pop("powerinfer.runtime.cuda.gpu", None)
 
@@ -447,7 +451,9 @@ def test_other_errors_are_sentences(fake, folder, monkeypatch):
 
 
 @pytest.mark.parametrize(("blocking", "can_wait"), [(None, True), ("0", True), ("1", False)])
-def test_launches_that_block_cannot_wait_for_the_host(fake, folder, monkeypatch, blocking, can_wait):
+def test_launches_that_block_cannot_wait_for_the_host(
+    fake, folder, monkeypatch, blocking, can_wait
+):
     monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
     if blocking:
         monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", blocking)
@@ -466,7 +472,9 @@ def test_values_in_graphs(device):
     for first in (0, 100, 2**31 - 2):
         words[2] = first
         graph.launch(stream)
-        wait_until(lambda at=first + 1: words[0] == np.int64(at).astype(np.int32) or stream.is_done())
+        wait_until(
+            lambda at=first + 1: words[0] == np.int64(at).astype(np.int32) or stream.is_done()
+        )
         assert not stream.is_done()
         words[1] = np.int64(first + 2).astype(np.int32)
         stream.synchronize()

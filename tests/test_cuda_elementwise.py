@@ -506,7 +506,11 @@ WRONG = {
         "(int s = 1; s < p.n_parts; s++)",
     ),
     "the bias of other columns": ("add_parts", "sum += p.bias[i];", "sum += p.bias[threadIdx.x];"),
-    "the CPU's part of another token": ("add_parts", "load_fresh(p.other + at)", "load_fresh(p.other + i)"),
+    "the CPU's part of another token": (
+        "add_parts",
+        "load_fresh(p.other + at)",
+        "load_fresh(p.other + i)",
+    ),
     "a token too many": ("add_parts", "int(blockIdx.y) >= p.counts[0] || i >= p.n", "i >= p.n"),
 }
 

@@ -36,7 +36,10 @@ _OUT_OF_MEMORY, _NOT_READY = 2, 600
 _KERNEL_FAULTS = {700, 702, 710, 714, 715, 716, 717, 718, 719}
 _CLOSING_S = 5.0  # to finish what is still queued
 _PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without being asked for
-_OVERLAPPING = (9, 0)  # compute capability from which a kernel may begin before its predecessor ends
+_OVERLAPPING = (
+    9,
+    0,
+)  # compute capability from which a kernel may begin before its predecessor ends
 
 
 class _Attribute(ctypes.Structure):
