@@ -184,7 +184,7 @@ FAULTS = {
         "misaligned",
     ),
     "no barrier before the tile is read": (
-        ("gemm", "q4_0", 320, "tokens.store(tile);\n        __syncthreads();", "tokens.store(tile);"),
+        ("gemm", "q4_0", 320, "__syncthreads();\n        if (IS_AHEAD", "if (IS_AHEAD"),
         "race",
     ),
     "no barrier before the tile is written again": (
@@ -204,7 +204,7 @@ FAULTS = {
         "out of bounds",
     ),
     "a fragment beyond the step": (
-        ("gemm", "f32", 33, "&tile.rows[row][v + lane_id() / 16]", "&tile.rows[row][v + lane_id() / 8]"),
+        ("gemm", "f32", 33, "rows[row][v + lane_id() / 16]", "rows[row][v + lane_id() / 8]"),
         "uninitialised read",
     ),
     "a token too many": (
@@ -232,9 +232,11 @@ WRONG = {
     "scale of a token": (
         "gemm", "q4_0", 96, "token_scales[v / 2][part.token", "token_scales[0][part.token",
     ),
-    "half of a fragment": ("gemm", "f16", 64, "mma_quarter(c[2], c[3], a[2 * h + 1]", "mma_quarter(c[2], c[3], a[2 * h]"),
-    "half of k": ("gemm", "q6_k", 256, "a[i][2 * g + 1], b[j % 2][g])", "a[i][2 * g + 1], b[j % 2][0])"),
-    "rows of another fragment": ("gemm", "q8_0", 96, "16 * i + lane_id() % 16", "16 * i + lane_id() % 8"),
+    "half of a fragment": ("gemm", "f16", 64, "c[3], a[2 * h + 1]", "c[3], a[2 * h]"),
+    "half of k": ("gemm", "q6_k", 256, "b[j % 2][g])", "b[j % 2][0])"),
+    "rows of another fragment": (
+        "gemm", "q8_0", 96, "16 * i + lane_id() % 16", "16 * i + lane_id() % 8",
+    ),
     "half of a fragment of tokens": ("gemm", "q8_0", 96, "[v + lane_id() / 8 % 2]", "[v]"),
     "what tf32 leaves of a weight": ("gemm", "f32", 520, "if (!IS_EXACT) mma(", "if (false) mma("),
     "what tf32 leaves of a token": (

@@ -25,8 +25,8 @@ struct ffn_rows_gemm_args {
 
 // act[t][r] = mask[t][n] ? activation(decider[r] . x[t] + bias) * (up[r] . x[t] + bias) : 0
 // for the rows r of the window and their neurons n; fired[t][n] where mask[t][n], t < n_tok.
-// Bytes: two rows of weights a neuron for every 128 tokens, none for 64 neurons that no token of the
-// 128 needs.
+// Bytes: two rows of weights a neuron for every 128 tokens, none for 64 neurons that no token of
+// the 128 needs.
 //
 // launch: grid (n_blocks, ceil(most tokens / 128)), block 256
 template <class F, int TOKENS>

@@ -7,12 +7,13 @@
 // registers. Sums go along k in steps, in an order fixed by k alone: a token's results depend
 // neither on the other tokens nor on how many there are.
 //
-// What bounds it, for each 32 bytes along k of a warp's 32 x 32 sums, of which an SM has four at a
-// time: 8 products of fragments, 4 + 4 fragments read from shared memory. That is 2 KiB, 16 of the
-// SM's cycles, 64 for its four warps. int8: each product is followed by 12 instructions, which make
-// its exact sums floats and scale them: 96 cycles, more than tensor cores (8 x 4) or shared memory
-// take. Floats, two products each (f16): tensor cores at least 32, splitting tokens 24 and reading
-// 64; three each (weights are split as well): 48, 48 and 64.
+// What bounds it, for 32 bytes along k of a warp's 32 x 32 sums; an SM has four such warps at a
+// time, one in each quarter. Fragments are 2 KiB of shared memory: 16 cycles, 64 for all four.
+//   int8: 8 products, each with 12 instructions that make its exact sums floats and scale them: with
+//     all else 130 cycles of instructions. Tensor cores take 32 to 52.
+//   f16: 16 products of 8 columns, 32 to 52 cycles; 60 of instructions, 24 of which split tokens in
+//     two. Shared memory is as busy.
+//   others: 24 products, 48 to 78 cycles; 110 of instructions, as weights are split as well.
 #pragma once
 #include "formats.cuh"
 #include "mma.cuh"
@@ -37,13 +38,12 @@ template <> struct Vectors<float> {
 template <class Word> struct Tile {
     typename Vectors<Word>::Type rows[TILE_ROWS][LINE + 1];
     typename Vectors<Word>::Type tokens[MANY][LINE + 1];
-    float row_scales[LINE][TILE_ROWS + 4];    // int8 only: one for each vector
-    float token_scales[LINE / 2][MANY + 8];   // one for each block of 32
+    float row_scales[LINE][TILE_ROWS + 4];   // int8 only: one for each vector
+    float token_scales[LINE / 2][MANY + 8];  // one for each block of 32
 };
 
 // How many turns the block's threads take at n jobs: thread t has t, t + TILE_THREADS, ...
 __device__ constexpr int turns(int n) { return (n + TILE_THREADS - 1) / TILE_THREADS; }
-__device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 __device__ inline int job_of(int turn) { return threadIdx.x + turn * TILE_THREADS; }
 
 // Who brings what: fetch(k) loads the thread's share of the step at k into registers, store(tile)
@@ -53,8 +53,9 @@ __device__ inline int job_of(int turn) { return threadIdx.x + turn * TILE_THREAD
 template <class F> struct RowsOf {
     using Word = typename F::Word;
     static constexpr int K = Vectors<Word>::K, UNITS = K / F::UNIT;  // of a row in a step
-    // Threads that share a row, side by side; each has as many units, next to each other.
-    static constexpr int SHARING = min_of(UNITS, TILE_THREADS / TILE_ROWS), SHARE = UNITS / SHARING;
+    // Threads that share a row, side by side, and their units of it, next to each other.
+    static constexpr int MOST = TILE_THREADS / TILE_ROWS, SHARING = UNITS < MOST ? UNITS : MOST;
+    static constexpr int SHARE = UNITS / SHARING;
 
     const Matrix& w;
     int row;  // of w
@@ -65,7 +66,7 @@ template <class F> struct RowsOf {
     __device__ int n_k() const { return w.cols; }
     __device__ static int my_row() { return threadIdx.x / SHARING; }  // of the tile
     __device__ static int my_unit(int i) { return threadIdx.x % SHARING * SHARE + i; }
-    __device__ static bool has_row() { return TILE_ROWS * SHARING == TILE_THREADS || my_row() < TILE_ROWS; }
+    __device__ static bool has_row() { return SHARING == MOST || my_row() < TILE_ROWS; }
 
     __device__ void fetch(int k) {
 #pragma unroll
@@ -115,7 +116,7 @@ template <class F, class RowOf> struct ColumnsOf {
     __device__ int n_k() const { return n_rows; }
     // Lanes take neighbouring k: they store to neighbouring words.
     __device__ static int my_k(int i) { return job_of(i) % K; }
-    __device__ static int my_piece(int i) { return job_of(i) / K * PIECE; }  // of the tile's columns
+    __device__ static int my_piece(int i) { return job_of(i) / K * PIECE; }  // its first column
     __device__ int my_unit(int i) const {
         const int column = first_column + my_piece(i);
         // Two units of q6_k share 128 columns, 16 by 16 in turns.
@@ -205,7 +206,7 @@ template <int TOKENS> struct TokensOf<int, TOKENS> {
 
     const signed char* q;  // of the tile's first token
     const float* d;
-    int cols, n_tok;       // n_tok: from the first on
+    int cols, n_tok;  // n_tok: from the first on
     int4 mine[SHARE];
     float scales[SCALE_SHARE];
 
@@ -343,8 +344,8 @@ template <class F, int TOKENS>
 __device__ inline void multiply_tf32(const Tile<float>& tile, const Part<TOKENS>& part,
                                      typename Part<TOKENS>::Sums& sums) {
     constexpr int M = Part<TOKENS>::M, N = Part<TOKENS>::N;
-    constexpr bool IS_EXACT = F::UNIT == 8;    // f16
-    constexpr int DEEP = IS_EXACT ? 2 : 1;     // times 8 columns; more would not fit in registers
+    constexpr bool IS_EXACT = F::UNIT == 8;  // f16
+    constexpr int DEEP = IS_EXACT ? 2 : 1;   // times 8 columns; more would not fit in registers
 #pragma unroll 1
     for (int v = 0; v < LINE; v += 2 * DEEP) {
         float a[DEEP][M][4], a_low[DEEP][M][4], b[DEEP][2][2], b_low[DEEP][2][2];
