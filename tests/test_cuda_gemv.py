@@ -240,7 +240,7 @@ WRONG = {
     "half of a fragment of tokens": ("gemm", "q8_0", 96, "[v + lane_id() / 8 % 2]", "[v]"),
     "what tf32 leaves of a weight": ("gemm", "f32", 520, "if (!IS_EXACT) mma(", "if (false) mma("),
     "what tf32 leaves of a token": (
-        "gemm", "f16", 1100, "low[i / W][i % W] = tf32(whole - high);", "low[i / W][i % W] = 0;",
+        "gemm", "f16", 1100, "__float_as_uint(x - high)", "__float_as_uint(0.0f)",
     ),
     "a lane's units": (
         "gemv", "f32", 520,

@@ -9,11 +9,11 @@
 //
 // What bounds it, for 32 bytes along k of a warp's 32 x 32 sums; an SM has four such warps at a
 // time, one in each quarter. Fragments are 2 KiB of shared memory: 16 cycles, 64 for all four.
-//   int8: 8 products, each with 12 instructions that make its exact sums floats and scale them: with
-//     all else 130 cycles of instructions. Tensor cores take 32 to 52.
-//   f16: 16 products of 8 columns, 32 to 52 cycles; 60 of instructions, 24 of which split tokens in
+//   int8: 8 products, each with 12 instructions that make its exact sums floats and scale them;
+//     with all else 130 cycles of instructions. Tensor cores take 32 to 52.
+//   f16: 16 products of 8 columns, 32 to 52 cycles; 68 of instructions, 32 of which split tokens in
 //     two. Shared memory is as busy.
-//   others: 24 products, 48 to 78 cycles; 110 of instructions, as weights are split as well.
+//   others: 24 products, 48 to 78 cycles; 126 of instructions, as weights are split as well.
 #pragma once
 #include "formats.cuh"
 #include "mma.cuh"
@@ -325,19 +325,22 @@ __device__ inline void multiply(const Tile<int>& tile, const Part<TOKENS>& part,
     }
 }
 
-// x becomes what tf32 has of it, `low` what that leaves.
+// Fragments along k that are multiplied before tensor cores' sums are added to ours: as many as
+// registers have room for. On Blackwell two of f16 spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int DEEPEST = 1;
+#else
+constexpr int DEEPEST = 2;
+#endif
+
+// Splits each x in two: x becomes the high part.
 template <int N, int W> __device__ inline void split(float (&x)[N][W], float (&low)[N][W]) {
 #pragma unroll
-    for (int i = 0; i < N * W; i++) {
-        float& whole = x[i / W][i % W];
-        const float high = tf32(whole);
-        low[i / W][i % W] = tf32(whole - high);
-        whole = high;
-    }
+    for (int i = 0; i < N * W; i++) split(x[i / W][i % W], x[i / W][i % W], low[i / W][i % W]);
 }
 
 // Tensor cores read the upper 11 bits of a float, so each is split in two, x = high + low:
-//     w . x = w_high . x_high + w_high . x_low + w_low . x_high, and 2^-20 of it that is left out.
+//     w . x = w_high . x_high + w_high . x_low + w_low . x_high, and at most 2^-20 left out.
 // f16 has no w_low. Tensor cores round towards zero when they add, so that the error of a long sum
 // would grow with its length: they add no more than 16 columns.
 template <class F, int TOKENS>
@@ -345,7 +348,7 @@ __device__ inline void multiply_tf32(const Tile<float>& tile, const Part<TOKENS>
                                      typename Part<TOKENS>::Sums& sums) {
     constexpr int M = Part<TOKENS>::M, N = Part<TOKENS>::N;
     constexpr bool IS_EXACT = F::UNIT == 8;  // f16
-    constexpr int DEEP = IS_EXACT ? 2 : 1;   // times 8 columns; more would not fit in registers
+    constexpr int DEEP = IS_EXACT ? DEEPEST : 1;  // times 8 columns
 #pragma unroll 1
     for (int v = 0; v < LINE; v += 2 * DEEP) {
         float a[DEEP][M][4], a_low[DEEP][M][4], b[DEEP][2][2], b_low[DEEP][2][2];

@@ -70,8 +70,12 @@ __device__ inline void mma(float (&c)[4], const float (&a)[4], const float (&b)[
 #endif
 }
 
-// The part of x that tf32 has. What it leaves, x - tf32(x), is exact, and most of it is tf32 again.
-__device__ inline float tf32(float x) { return __int_as_float(__float_as_int(x) & ~0x1fff); }
+// x = high + low, two numbers of tf32, but for 2^-21 of x at most. high is rounded to nearest, so
+// that most of low fits. Where the carry makes a NaN a number, low is still NaN.
+__device__ inline void split(float x, float& high, float& low) {
+    high = __uint_as_float((__float_as_uint(x) + 0x1000u) & ~0x1fffu);
+    low = __uint_as_float(__float_as_uint(x - high) & ~0x1fffu);
+}
 
 // Four matrices of 8 rows of 16 bytes in shared memory: lane l says where row l % 8 of matrix l / 8
 // is. x[m]: word q of row g of matrix m.
