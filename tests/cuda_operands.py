@@ -61,6 +61,7 @@ class Weights:
         return cuda_case.matrix(sim, self.type, raw, self.cols)
 
 
+NO_TF32 = {"HAS_TF32 = true": "HAS_TF32 = false"}  # to replace: tensor cores as Turing has them
 NO_MATRIX = (None, None, 0, 0)
 
 

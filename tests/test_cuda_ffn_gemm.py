@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cuda_case import launch
 from cuda_ffn import BLOCK, FFN
-from cuda_operands import FORMATS, close_enough, only
+from cuda_operands import FORMATS, NO_TF32, close_enough, only
 from cusim.sim import SimError, load, unavailable
 from powerinfer.runtime.cuda.launches import ACTIVATIONS, ADD, STORE
 
@@ -24,7 +24,7 @@ class Run:
     def __init__(self, sim, ffn, window=None, room=0, order_seed=None):
         self.sim, self.ffn, self.room, self.order_seed = sim, ffn, room, order_seed
         self.first, self.n_blocks = window or (0, len(ffn.block_neuron))
-        width, self.n_grid = BLOCK * self.n_blocks, -(-(ffn.n_tok + room) // 32)
+        width, self.n_grid = BLOCK * self.n_blocks, -(-(ffn.n_tok + room) // 128)
         self.n_tok = sim.array(np.array([ffn.n_tok], np.int32), "n_tok")
         inside = ffn.block_neuron[self.first : self.first + self.n_blocks]
         self.block_neuron = sim.array(inside, "block_neuron")
@@ -104,6 +104,17 @@ def test_formats(suffix):
     Run(simulator(), FFN(suffix, n_embd=more, n_tok=2, has_bias=False)).check(ADD)
 
 
+@pytest.mark.parametrize("n_tok", [16, 32, 130])
+def test_tiles_of_few_and_many_tokens(n_tok):
+    Run(simulator(), FFN("q4_0", n_ff=70, n_tok=n_tok, share=0.1)).check()
+
+
+@pytest.mark.parametrize("suffix", ["q4_0", "f16"])
+def test_without_tf32(suffix):
+    sim = load("ffn_gemm.cu", replace=NO_TF32)
+    Run(sim, FFN(suffix, n_ff=70, n_tok=35)).check(ADD)
+
+
 @pytest.mark.parametrize("up", ["", None])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, up):
@@ -163,29 +174,23 @@ def test_check_finds_nothing(suffix):
 FAULTS = {
     # text, what it becomes, the kind of fault that the check finds
     "a token too many": (
-        "if (first_token + token >= n_tok) continue;",
-        "",
+        "return min(n_tok - first_token, TOKENS) *",
+        "return min(n_tok - first_token + 1, TOKENS) *",
         "out of bounds",
     ),
-    "a neuron too many": ("n >= 0 && n < p.n_ff && t", "n >= 0 && t", "out of bounds"),
-    "neurons of nobody": ("n >= 0 && n < p.n_ff && t", "n < p.n_ff && t", "out of bounds"),
-    "the mask of a token too many": (
-        "p.n_ff && t < n_tok && p.mask",
-        "p.n_ff && p.mask",
-        "out of bounds",
-    ),
+    "a neuron too many": ("n >= 0 && n < p.n_ff && p", "n >= 0 && p", "out of bounds"),
+    "neurons of nobody": ("n >= 0 && n < p.n_ff && p", "n < p.n_ff && p", "out of bounds"),
     "no barrier before the tile is read": (
-        "        tokens.store(shared.tile);\n        __syncthreads();\n",
-        "        tokens.store(shared.tile);\n",
-        "uninitialised read",
+        "        tokens.store(tile);\n        __syncthreads();\n",
+        "        tokens.store(tile);\n",
+        "race",
     ),
     "counted by halves": (
         "atomicAdd((unsigned long long*)counters + which, (unsigned long long)n)",
         "counters[which] += n",
         "race",
     ),
-    "a column too many": ("if (column >= p.down_t.cols || t", "if (t", "out of bounds"),
-    "a result for no token": ("cols || t >= n_tok) continue", "cols) continue", "out of bounds"),
+    "a column too many": ("if (column >= p.down_t.cols) continue", "", "race"),
 }
 
 
@@ -200,16 +205,23 @@ def test_check_finds_planted_faults(name):
 
 WRONG = {
     # Faults that break no rule: only a comparison finds them.
-    "neurons that are not predicted": ("n_tok && p.mask[(long long)t * p.n_ff + n]", "n_tok"),
-    "the mask of the first token": ("p.mask[(long long)t * p.n_ff + n]", "p.mask[n]"),
+    "neurons that are not predicted": (
+        "n < p.n_ff && p.mask[(long long)(first_token + token) * p.n_ff + n]",
+        "n < p.n_ff",
+    ),
+    "the mask of the first token": (
+        "p.mask[(long long)(first_token + token) * p.n_ff + n]",
+        "p.mask[n]",
+    ),
     "the first window": ("(p.first_block + blockIdx.x)", "blockIdx.x"),
     "down of the first window": ("? p.first_block * NEURON_BLOCK + k", "? k"),
-    "up of another token": ("float up = (*sums)[token][row];", "float up = (*sums)[0][row];"),
-    "a decider of another token": ("a = (*sums)[token][row];", "a = (*sums)[0][row];"),
-    "the bias of a row": ("a += p.decider_bias[n];", "a += p.decider_bias[row];"),
+    "sums of another token": ("(*sums)[token][row]", "(*sums)[0][row]"),
+    "up for the decider": ("is_up ? p.up : p.decider;", "p.up;"),
+    "the bias of a row": ("p.decider_bias[first_neuron + row]", "p.decider_bias[row]"),
     "silent ones fired": ("neuron = {0, 0};", "neuron = {0, FIRED};"),
     "rows that nobody has": ("return exists ? p.first_block", "return true ? p.first_block"),
     "stored, not added": ("*y = p.op == ADD ? *y + sum : sum;", "*y = sum;"),
+    "a piece of another unit": ("if (v > 0 && F::column(unit, v) != column)", "if (v > 0)"),
     "a row of down left out": ("row_of(k + my_k(i));", "row_of(k + my_k(i) / 2 * 2);"),
 }
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from cuda_case import launch
-from cuda_operands import FORMATS, Inputs, Weights, close_enough, only, product
+from cuda_operands import FORMATS, NO_TF32, Inputs, Weights, close_enough, only, pack, product
 from cusim.sim import SimError, load, unavailable
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 STORE, ADD, STORE_RELU = range(3)
 GRIDS = {
     "gemv": lambda rows, n_tok: (-(-rows // 8), n_tok),
-    "gemm": lambda rows, n_tok: (-(-rows // 64), -(-n_tok // 32)),
+    "gemm": lambda rows, n_tok: (-(-rows // 64), -(-n_tok // 128)),
 }
 COLS = {
     "q4_0": (32, 96, 320, 2080),
@@ -79,10 +79,53 @@ def test_a_thousand_rows(kind):
     close_enough(case.run(), case.expected)
 
 
-@pytest.mark.parametrize("n_tok", [1, 3, 7, 64, 65, 512])
-def test_gemm_takes_any_number_of_tokens(n_tok):
-    case = Product(simulator("gemm"), "gemm", "q8_0", 70, 160, n_tok)
+@pytest.mark.parametrize("suffix", ["q8_0", "f16"])
+@pytest.mark.parametrize("n_tok", [1, 3, 8, 9, 17, 31, 32, 33, 64, 65, 96, 127, 128, 129, 130, 512])
+def test_gemm_takes_any_number_of_tokens(suffix, n_tok):
+    case = Product(simulator("gemm"), "gemm", suffix, 70, 160, n_tok)
     close_enough(case.run(), case.expected)
+
+
+@pytest.mark.parametrize("suffix", ["f16", "f32"])
+def test_gemm_without_tf32(suffix):
+    sim = load("gemm.cu", replace=NO_TF32)
+    for n_tok in (3, 70):
+        case = Product(sim, "gemm", suffix, 67, 100, n_tok)
+        close_enough(case.run(), case.expected)
+
+
+@pytest.mark.parametrize("suffix", ["f16", "f32"])
+def test_floats_keep_their_precision(suffix):
+    """tf32 alone would be wrong by 2^-11; here 2^-20 may be left out, and sums are rounded."""
+    case = Product(simulator("gemm"), "gemm", suffix, 64, 64, 40)
+    close_enough(case.run(), case.expected, 4e-7)
+
+
+@pytest.mark.parametrize("suffix", ["q4_0", "q8_0", "q6_k"])
+def test_integers_are_summed_in_the_order_of_k(suffix):
+    """Exact sums of 32 columns (q6_k: 16) times both scales, one after the other: to the bit."""
+    rng, n_tok, cols, rows = np.random.default_rng(5), 34, COLS[suffix][2], 66
+    sim, w = simulator("gemm"), Weights(rng, suffix, rows, cols)
+    x = rng.standard_normal((n_tok, cols), np.float32)
+    q, d, _ = pack(x)
+    group = 16 if suffix == "q6_k" else 32
+    blocks = w.values.astype(np.float64).reshape(rows, -1, group)
+    if suffix == "q6_k":
+        raw = w.raw.reshape(rows, -1, 210)
+        scales = raw[..., 208:].copy().view(np.float16).astype(np.float32)
+        scales = (scales * raw[..., 192:208].view(np.int8)).reshape(rows, -1)
+    else:
+        raw = w.raw.reshape(rows, cols // 32, -1)
+        scales = raw[..., :2].copy().view(np.float16).astype(np.float32)[..., 0]
+    whole = np.rint(blocks / np.where(scales, scales, 1)[..., None])
+    y = np.zeros((n_tok, rows), np.float32)
+    for i in range(cols // group):
+        exact = q[:, group * i : group * (i + 1)].astype(np.float64) @ whole[:, i].T
+        both = d[:, group * i // 32, None] * scales[:, i]  # as float32
+        y = (both.astype(np.longdouble) * exact + y).astype(np.float32)
+    case = Product(sim, "gemm", suffix, rows, cols, n_tok)
+    got = case.run(w=w.matrix(sim), **Inputs(sim, w.type, x).fields)
+    np.testing.assert_array_equal(got[:, :rows], y)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -141,8 +184,8 @@ FAULTS = {
         "misaligned",
     ),
     "no barrier before the tile is read": (
-        ("gemm", "q4_0", 320, "(shared.tile);\n        __syncthreads();", "(shared.tile);"),
-        "uninitialised read",
+        ("gemm", "q4_0", 320, "__syncthreads();\n        if (IS_AHEAD", "if (IS_AHEAD"),
+        "race",
     ),
     "no barrier before the tile is written again": (
         ("gemm", "q4_0", 320, "__syncthreads();  // what was there before has been read", ""),
@@ -152,8 +195,20 @@ FAULTS = {
         ("gemm", "f32", 33, "sums);\n    }\n    __syncthreads();", "sums);\n    }"),
         "race",
     ),
+    "a result for no token": (
+        ("gemm", "f16", 33, "return min(n_tok - first_token, TOKENS) *", "return TOKENS *"),
+        "out of bounds",
+    ),
+    "a scale of no token": (
+        ("gemm", "q4_0", 96, "has_scale(i) && t < n_tok && block", "has_scale(i) && block"),
+        "out of bounds",
+    ),
+    "a fragment beyond the step": (
+        ("gemm", "f32", 33, "rows[row][v + lane_id() / 16]", "rows[row][v + lane_id() / 8]"),
+        "uninitialised read",
+    ),
     "a token too many": (
-        ("gemm", "q8_0", 96, "if (t < n_tok && column < x.cols) {", "if (column < x.cols) {"),
+        ("gemm", "q8_0", 96, "if (t < n_tok && column < cols) mine", "if (column < cols) mine"),
         "out of bounds",
     ),
 }  # fmt: skip
@@ -175,7 +230,17 @@ WRONG = {
     "offset of q4_0": ("gemv", "q4_0", 96, "(q[i] & 0x0f0f0f0fu, 8)", "(q[i] & 0x0f0f0f0fu, 7)"),
     "group of q6_k": ("gemm", "q6_k", 256, "16 * (group % 2) + 8 * w.part", "16 * (group % 2)"),
     "scale of a token": (
-        "gemm", "q4_0", 96, "token_scales[my_token(j)][first / 2]", "token_scales[my_token(j)][0]",
+        "gemm", "q4_0", 96, "token_scales[v / 2][part.token", "token_scales[0][part.token",
+    ),
+    "half of a fragment": ("gemm", "f16", 64, "c[3], a[2 * h + 1]", "c[3], a[2 * h]"),
+    "half of k": ("gemm", "q6_k", 256, "b[j % 2][g])", "b[j % 2][0])"),
+    "rows of another fragment": (
+        "gemm", "q8_0", 96, "16 * i + lane_id() % 16", "16 * i + lane_id() % 8",
+    ),
+    "half of a fragment of tokens": ("gemm", "q8_0", 96, "[v + lane_id() / 8 % 2]", "[v]"),
+    "what tf32 leaves of a weight": ("gemm", "f32", 520, "if (!IS_EXACT) mma(", "if (false) mma("),
+    "what tf32 leaves of a token": (
+        "gemm", "f16", 1100, "__float_as_uint(x - high)", "__float_as_uint(0.0f)",
     ),
     "a lane's units": (
         "gemv", "f32", 520,

@@ -78,8 +78,22 @@ def test_every_kernel(library, arch):
             wrong += faults(name, ptx, log, budget(kernel), kernel.block, size)
             if name == "gemv_q4_0":
                 assert "dp4a" in ptx and wide_loads(ptx)
+            assert set(re.findall(r"mma\.sync\.aligned\.(\w+)\.row\.col\.\w+\.(\w+)", ptx)) == (
+                products(name, arch)
+            ), name
     assert not wrong, "\n".join(wrong)
     assert found == set(kernels())
+
+
+def products(kernel, arch):
+    """Return the products of tensor cores that a kernel is made of, as (shape, type)."""
+    if "gemm_" not in kernel:
+        return set()
+    if "down" in kernel or kernel.endswith(("f16", "f32")):
+        return {("m16n8k8", "tf32")} if arch >= 80 else set()
+    if arch < 80:
+        return {("m8n8k16", "s8")}
+    return {("m16n8k16" if kernel.endswith("q6_k") else "m16n8k32", "s8")}
 
 
 def wide_loads(ptx):

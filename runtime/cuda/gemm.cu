@@ -13,20 +13,20 @@ struct gemm_args {
 };
 
 // y[t][r] (op) w[r] . x[t] + bias[r]     w [rows][cols], x [n_tok][cols], for t < n_tok
-// Bytes: w once for every 32 tokens, x once for every 64 rows; mostly from the L2 cache.
+// Bytes: w once for every 128 tokens, x once for every 64 rows; mostly from the L2 cache.
 //
-// launch: grid (ceil(rows / 64), ceil(most tokens / 32)), block 128
-template <class F> __device__ inline void gemm(const gemm_args& p) {
-    const int n_tok = *p.n_tok;
-    const int first_row = blockIdx.x * TILE_ROWS, first_token = blockIdx.y * TILE_TOKENS;
+// launch: grid (ceil(rows / 64), ceil(most tokens / 128)), block 256
+template <class F, int TOKENS> __device__ inline void gemm(const gemm_args& p, int n_tok) {
+    const int first_row = blockIdx.x * TILE_ROWS, first_token = blockIdx.y * TOKENS;
     if (first_token >= n_tok) return;
     const Input x = {p.x, p.x_packed, p.w.cols};
-    const Results& results = rows_times_tokens<F>(p.w, first_row, x, first_token, n_tok);
-    for (int job = threadIdx.x; job < TILE_RESULTS; job += TILE_THREADS) {
-        const int row = first_row + job % TILE_ROWS, t = first_token + job / TILE_ROWS;
-        if (row >= p.w.rows || t >= n_tok) continue;
-        float* y = p.y + (long long)t * p.y_stride + row;
-        float sum = results[job / TILE_ROWS][job % TILE_ROWS];
+    const Results& results = rows_times_tokens<F, TOKENS>(p.w, first_row, x, first_token, n_tok);
+    const int n_jobs = n_results<TOKENS>(n_tok, first_token);
+    for (int job = threadIdx.x; job < n_jobs; job += TILE_THREADS) {
+        const int row = first_row + job % TILE_ROWS, token = job / TILE_ROWS;
+        if (row >= p.w.rows) continue;
+        float* y = p.y + (long long)(first_token + token) * p.y_stride + row;
+        float sum = results[token][job % TILE_ROWS];
         if (p.bias) sum += p.bias[row];
         if (p.op == ADD) sum += *y;
         *y = p.op == STORE_RELU && sum < 0 ? 0 : sum;
@@ -34,8 +34,9 @@ template <class F> __device__ inline void gemm(const gemm_args& p) {
 }
 
 #define GEMM(suffix, F)                                                                            \
-    extern "C" __global__ void __launch_bounds__(128, 4) gemm_##suffix(const gemm_args p) {        \
-        gemm<F>(p);                                                                                \
+    extern "C" __global__ void __launch_bounds__(256, 2) gemm_##suffix(const gemm_args p) {        \
+        const int n_tok = *p.n_tok;                                                                \
+        n_tok > FEW ? gemm<F, MANY>(p, n_tok) : gemm<F, FEW>(p, n_tok);                            \
     }
 GEMM(q4_0, Q4_0)
 GEMM(q8_0, Q8_0)

@@ -255,7 +255,7 @@ class Builder:
         }
         many = _launch(
             f"gemm_{w.suffix}",
-            lambda n: (_parts(w.rows, 64), _parts(n, 32)),
+            lambda n: (_parts(w.rows, 64), _parts(n, 128)),
             n_tok=self._counts(of_outputs),
             **values,
         )
@@ -521,7 +521,7 @@ class Builder:
         return [
             _launch(
                 f"ffn_rows_gemm_{suffix}",
-                lambda n: (w.n_blocks, _parts(n, 32)),
+                lambda n: (w.n_blocks, _parts(n, 128)),
                 n_tok=self._at["counts"],
                 mask=self._at["mask"],
                 block_neuron=w.block_neuron,
@@ -553,7 +553,7 @@ class Builder:
         c, at, down = self._plan.config, self._at, w.matrices[-1]
         return _launch(
             f"ffn_down_gemm_{down.suffix}",
-            lambda n: (_parts(c.n_embd, 64), _parts(n, 32)),
+            lambda n: (_parts(c.n_embd, 64), _parts(n, 128)),
             down_t=down,
             act=w.act,
             n_tok=at["counts"],

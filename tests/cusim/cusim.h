@@ -128,6 +128,36 @@ CUSIM unsigned ballot(unsigned mask, int vote, unsigned line) {
     return result & mask;
 }
 
+// A quarter of a product of matrices (mma.cuh): 8 rows, 8 columns, 4 words along k.
+CUSIM int multiply_add(int a, int b, int c) {
+    for (int i = 0; i < 32; i += 8) c += int8_t(a >> i) * int8_t(b >> i);
+    return c;
+}
+CUSIM float multiply_add(float a, float b, float c) {  // of tf32: the low bits are not looked at
+    uint32_t words[2];
+    memcpy(&words[0], &a, 4), memcpy(&words[1], &b, 4);
+    for (uint32_t& word : words) word &= 0xffffe000u;
+    memcpy(&a, &words[0], 4), memcpy(&b, &words[1], 4);
+    return c + a * b;
+}
+template <class T>
+CUSIM void mma(T& c0, T& c1, T a, T b, unsigned line = __builtin_LINE()) {
+    static_assert(sizeof(T) == 4, "a word");
+    T mine[2] = {a, b};
+    uint64_t bits;
+    memcpy(&bits, mine, sizeof bits);
+    const uint64_t* all = collective(SHUFFLE, FULL, bits, line);
+    const unsigned g = current->lane / 4, q = current->lane % 4;
+    for (int k = 0; k < 4; k++) {
+        T row[2], first[2], second[2];
+        memcpy(row, &all[4 * g + k], sizeof row);
+        memcpy(first, &all[4 * (2 * q) + k], sizeof first);
+        memcpy(second, &all[4 * (2 * q + 1) + k], sizeof second);
+        c0 = multiply_add(row[0], first[1], c0);
+        c1 = multiply_add(row[0], second[1], c1);
+    }
+}
+
 }  // namespace cusim
 
 // `width` lanes, a power of two, are a group; beyond its edge a lane gets its own value.
