@@ -147,11 +147,13 @@ __device__ inline void ffn_down_gemm(const ffn_down_gemm_args& p, int n_tok) {
 #define FFN_GEMM(suffix, F)                                                                        \
     extern "C" __global__ void __launch_bounds__(256, 2)                                           \
         ffn_rows_gemm_##suffix(const ffn_rows_gemm_args p) {                                       \
+        after_predecessors();                                                                      \
         const int n_tok = *p.n_tok;                                                                \
         n_tok > FEW ? ffn_rows_gemm<F, MANY>(p, n_tok) : ffn_rows_gemm<F, FEW>(p, n_tok);          \
     }                                                                                              \
     extern "C" __global__ void __launch_bounds__(256, 2)                                           \
         ffn_down_gemm_##suffix(const ffn_down_gemm_args p) {                                       \
+        after_predecessors();                                                                      \
         const int n_tok = *p.n_tok;                                                                \
         n_tok > FEW ? ffn_down_gemm<F, MANY>(p, n_tok) : ffn_down_gemm<F, FEW>(p, n_tok);          \
     }

@@ -35,6 +35,7 @@ template <class F, int TOKENS> __device__ inline void gemm(const gemm_args& p, i
 
 #define GEMM(suffix, F)                                                                            \
     extern "C" __global__ void __launch_bounds__(256, 2) gemm_##suffix(const gemm_args p) {        \
+        after_predecessors();                                                                      \
         const int n_tok = *p.n_tok;                                                                \
         n_tok > FEW ? gemm<F, MANY>(p, n_tok) : gemm<F, FEW>(p, n_tok);                            \
     }
