@@ -25,7 +25,8 @@ from ..paths import cache_dir
 from .arguments import FOLDER
 from .device import DeviceError
 
-OPTIONS = ("--std=c++17",)
+# Generic lambdas count as host functions without the second, in NVRTC before 13.4.
+OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 # Where the wheels put it, in the folder `nvidia`, by major version of CUDA; newest first.
 _WHEEL_FILES = (
     {13: "cu13/bin/x86_64/nvrtc64_13*_0.dll", 12: "cuda_nvrtc/bin/nvrtc64_12*_0.dll"}
@@ -62,8 +63,11 @@ class NVRTC:
     """The library: `version` (13, 0), `archs` (75, 80, ...) that it makes code for."""
 
     def __init__(self, library: str) -> None:
-        if sys.platform == "win32" and Path(library).is_absolute():
-            os.add_dll_directory(str(Path(library).parent))  # where it finds its other half
+        if Path(library).is_absolute():  # its other half lies beside it, where not all look
+            if sys.platform == "win32":
+                os.add_dll_directory(str(Path(library).parent))
+            for other in Path(library).parent.glob("libnvrtc-builtins.so.*"):
+                ctypes.CDLL(str(other))
         self._library = ctypes.CDLL(library)
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
         major, minor, n = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
