@@ -35,6 +35,8 @@ say "# GPU check, $(date -u '+%Y-%m-%d %H:%M') UTC, commit $(git rev-parse --sho
 say "" "    $(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader)"
 LINES_KEPT=40 check "what is found" 60 "$PYTHON" -m powerinfer doctor
 
+CUSIM=gpu check "kernels against the reference" 150 "$PYTHON" -m pytest -q -n 4 \
+    tests/test_cuda_{gemv,ffn,ffn_gemm,attention,elementwise,sample}.py
 LINES_KEPT=40 check "tests on the GPU" 150 \
     "$PYTHON" -m pytest -q -rP -m gpu tests/test_cuda_device.py tests/test_gpu.py
 

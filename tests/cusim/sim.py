@@ -36,6 +36,7 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "runtime" / "cuda"
 HEADERS = ("fibers.h", "checks.h", "cusim.h", "guard.h", "launch.h")
 ALIGNMENT = 256
+ON_GPU = os.environ.get("CUSIM") == "gpu"
 KEPT_DAYS = 14  # what has not been used for so long is deleted
 
 # Threads switch in an asm statement, which -fipa-reference does not look into: it would take what
@@ -380,6 +381,10 @@ def _index(number: int, sizes: Sequence[int]) -> str:
 
 def unavailable() -> str:
     """Return why the simulator cannot work here, "" if it can."""
+    if ON_GPU:
+        from . import real
+
+        return real.unavailable()
     if platform.system() != "Linux":
         return "the kernel simulator needs Linux"
     if shutil.which("g++") is None or shutil.which("addr2line") is None:
@@ -398,8 +403,16 @@ def load(
 
     `replace` plants faults: each of its texts must be in one place, of one of the files or of the
     .cuh files beside them, and becomes the other. `define`: macros ("X" or "X=1"). SimError of
-    kind "source" if that cannot be compiled.
+    kind "source" if that cannot be compiled. With CUSIM=gpu in the environment: real.py.
     """
+    if ON_GPU:
+        import pytest
+
+        from . import real
+
+        if check or replace or define or optimize:
+            pytest.skip("needs the simulator")
+        return real.RealGPU()
     if why := unavailable():
         raise SimError("source", why)
     paths = [KERNELS / source for source in sources]
