@@ -354,8 +354,9 @@ def test_one_buffer_is_filled_while_the_other_travels(device):
     stream = device.stream()
     host, at = device.pinned(8)
     address = device.allocate(2000)
+    uploader = Uploader(device, stream, nbytes=1000)  # it allocates, which may wait for all work
     stream.wait_value(at, at + 4, 1)
-    Uploader(device, stream, nbytes=1000).upload(address, [np.zeros(2000, np.uint8)])
+    uploader.upload(address, [np.zeros(2000, np.uint8)])
     assert not stream.is_done()  # all of it is on its way, and upload has not waited
     host.view(np.int32)[0] = 1
     stream.synchronize()

@@ -492,7 +492,7 @@ WRONG = {
         "is_apart ? i + p.half",
         "is_apart ? i + p.head_dim / 2",
     ),
-    "rotated the other way": ("rope_append", "a = a * cos - b * sin;", "a = a * cos + b * sin;"),
+    "rotated the other way": ("rope_append", "a = __fsub_rn(", "a = __fadd_rn("),
     "v is rotated": ("rope_append", "i < p.half && !is_v", "i < p.half"),
     "the next slot": (
         "rope_append",

@@ -35,10 +35,10 @@ say "# GPU check, $(date -u '+%Y-%m-%d %H:%M') UTC, commit $(git rev-parse --sho
 say "" "    $(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader)"
 LINES_KEPT=40 check "what is found" 60 "$PYTHON" -m powerinfer doctor
 
-CUSIM=gpu check "kernels against the reference" 150 "$PYTHON" -m pytest -q -n 4 \
+CUSIM=gpu check "kernels against the reference" 150 "$PYTHON" -m pytest -q -o faulthandler_timeout=60 -n 4 \
     tests/test_cuda_{gemv,ffn,ffn_gemm,attention,elementwise,sample}.py
 LINES_KEPT=40 check "tests on the GPU" 150 \
-    "$PYTHON" -m pytest -q -rP -m gpu tests/test_cuda_device.py tests/test_gpu.py
+    "$PYTHON" -m pytest -q -o faulthandler_timeout=60 -rP -m gpu tests/test_cuda_device.py tests/test_gpu.py
 
 # Few tests, since every access is checked: each kernel of a prompt and of a token runs in them.
 # The tool waits for every launch; so must the engine, or it would wait for itself.
@@ -47,7 +47,7 @@ export CUDA_LAUNCH_BLOCKING=1
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         check "compute-sanitizer $tool" 100 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$PYTHON" -m pytest -q -x -m gpu -k "$SOME" tests/test_gpu.py
+            "$PYTHON" -m pytest -q -x -o faulthandler_timeout=60 -m gpu -k "$SOME" tests/test_gpu.py
     done
 else
     say "" "## compute-sanitizer: not on this machine"

@@ -118,7 +118,8 @@ class Device(Protocol):
     def pinned(self, nbytes: int) -> tuple[U8Array, int]:
         """Return host memory that the device reads and writes too, zeroed, and its device address.
 
-        It lives as long as the array or a view of it.
+        It lives as long as the array or a view of it. Like `allocate`, this may wait for all work
+        of the device: for ever, if that waits for the host.
         """
 
     def stream(self) -> Stream:

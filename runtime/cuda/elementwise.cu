@@ -238,9 +238,10 @@ template <class T> __device__ inline void rope_append(const rope_append_args& p)
     const float cos = is_rotated ? table[i] : 1, sin = is_rotated ? table[p.half + i] : 0;
     const auto rotate = [&] {
         if (!is_rotated) return;
+        // Each product rounded, as everywhere else: a compiler's fma would make another K of it.
         const float before = a;
-        a = a * cos - b * sin;
-        b = before * sin + b * cos;
+        a = __fsub_rn(__fmul_rn(a, cos), __fmul_rn(b, sin));
+        b = __fadd_rn(__fmul_rn(before, sin), __fmul_rn(b, cos));
     };
     if (is_q) {
         rotate();

@@ -1,8 +1,5 @@
 """A real GPU behind the Device protocol, by CuPy's bindings of the CUDA runtime and driver.
 
-NOT YET RUN ON A GPU: written where there was none. What can be known without one is tested: the
-calls fit CuPy's signatures, and on a stand-in for the bindings they do what the protocol says.
-
 Only CuPy's thinnest layer is used, functions that take integers: no memory pool, no current
 stream, nothing that allocates behind a captured graph. What it lacks comes from the driver.
 """
@@ -89,6 +86,22 @@ def _release(lost: list[str], release: Callable[[int], Any], handle: int) -> Non
             release(handle)
 
 
+class _Unused(list[int]):
+    """Addresses of pinned memory that nobody uses any more.
+
+    To free it waits for all work of the device, which may be waiting for the thread that happens to
+    collect garbage. So it is freed when more is asked for, or the GPU is closed.
+    """
+
+    is_closed = False
+
+    def release(self, lost: list[str], address: int) -> None:
+        if self.is_closed:
+            _release(lost, runtime.freeHost, address)
+        else:
+            self.append(address)
+
+
 def _checked(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_S, _P], _R]:
     """Make a method work on our device in any thread, and say its errors in a sentence."""
 
@@ -127,6 +140,7 @@ class GPU(_Part):
         self.lost: list[str] = []  # why it cannot be used any more, if so
         self._streams: weakref.WeakSet[GPUStream] = weakref.WeakSet()
         self._allocated: set[int] = set()
+        self.unused = _Unused()
         self._functions: dict[str, int] = {}
         self._shared: dict[str, int] = {}  # bytes asked for, of kernels that take much
         self._kernels = arguments.kernels(folder)
@@ -177,6 +191,7 @@ class GPU(_Part):
 
     @_checked
     def pinned(self, nbytes: int) -> tuple[U8Array, int]:
+        self._free_unused()
         array = np.asarray(_Pinned(self, nbytes))
         array[:] = 0
         host, address = ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64()
@@ -210,8 +225,14 @@ class GPU(_Part):
                 stream.synchronize(_CLOSING_S)
             for address in list(self._allocated):
                 self.free(address)
+            self._free_unused()
+            self.unused.is_closed = True
         except DeviceError:  # to free would wait for ever
             return
+
+    def _free_unused(self) -> None:
+        while self.unused:
+            runtime.freeHost(self.unused.pop())
 
 
 class _Pinned(_Part):
@@ -220,7 +241,9 @@ class _Pinned(_Part):
     def __init__(self, gpu: GPU, nbytes: int) -> None:
         self.gpu = gpu
         flags = runtime.hostAllocPortable | runtime.hostAllocMapped
-        address = self._owns(runtime.freeHost, runtime.hostAlloc(nbytes, flags))
+        address = runtime.hostAlloc(nbytes, flags)
+        release = weakref.finalize(self, gpu.unused.release, gpu.lost, address)
+        release.atexit = False
         self.__array_interface__ = {
             "version": 3,
             "typestr": "|u1",
