@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,10 @@ from powerinfer.quantize.policy import TARGETS, Policy, parse_type
 from powerinfer.runtime.formats import BLOCK_SIZES, GGMLType, decode, encode
 from powerinfer.runtime.gguf import GGUFFile
 from powerinfer.runtime.gguf_writer import GGUFWriter
+
+# Background jobs of shells, and what they start, ignore Ctrl-C; the tests about it must not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "tools" / "demo"
