@@ -299,6 +299,9 @@ class FakeDevice:
             self.n_run += 1
         return True
 
+    def exclusive(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def close(self) -> None:
         try:
             wait_until(lambda: not self._run_one() and not self._queue, CLOSING_S, self.name)

@@ -8,6 +8,7 @@ import inspect
 import re
 import shutil
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -387,10 +388,48 @@ def test_everything_is_given_back(fake, folder):
     event, (host, _) = stream.record(), gpu.pinned(10)
     gpu.close()
     assert fake.released.count("memory") == 1
+    before = list(fake.released)
     del gpu, stream, graph, event, host
     gc.collect()
+    assert fake.released == before  # not by whoever happens to collect garbage
+    other = gpu_class()(0, folder=folder)
     assert not fake.memory and not fake.queues and not fake.events and not fake.graphs
     assert fake.released.count("module") == 2
+    other.close()
+
+
+def test_nothing_waits_for_all_work_beside_work_that_waits_for_us(fake, folder):
+    """Whatever allocates, frees or loads waits in other threads for the lock of `exclusive`."""
+    gpu = gpu_class()(0, folder=folder)
+    stream, address = gpu.stream(), gpu.allocate(8)
+
+    def capture():
+        with stream.capture():
+            pass
+
+    for call in (
+        lambda: gpu.allocate(8),
+        lambda: gpu.pinned(8),
+        lambda: gpu_class()(0, folder=folder),
+        capture,
+        lambda: gpu.free(address),
+        gpu.close,
+    ):
+        thread = threading.Thread(target=call)
+        with gpu.exclusive():
+            thread.start()
+            thread.join(0.05)
+            assert thread.is_alive()
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_events_do_not_pile_up(fake, folder):
+    stream = gpu_class()(0, folder=folder).stream()
+    for _ in range(5000):
+        stream.record()
+        stream.synchronize()
+    assert len(fake.events) < 2000
 
 
 def test_lost_device(fake, folder):

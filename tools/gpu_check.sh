@@ -64,6 +64,11 @@ if [ $# = 0 ]; then
     # Dense and in f16: enough bytes a token for the memory of a large card.
     [ -e build/7b.f16.gguf ] || "$PYTHON" -m powerinfer.tools.synth 7b -o build/7b.f16.gguf \
         --type f16 --predictor-type f16 --head-type f16 >/dev/null 2>&1
+    # One graph of 80 layers, each waiting for the CPU: does launching it return?
+    [ -e build/deep.gguf ] ||
+        "$PYTHON" -m powerinfer.tools.synth 1b --layers 80 -o build/deep.gguf >/dev/null 2>&1
+    LINES_KEPT=6 check "1b in 80 layers, 2.5 GiB" 90 "$PYTHON" -m powerinfer bench \
+        -m build/deep.gguf --vram-budget 2.5 -p 0 -n 64 -b 1 -r 3 --md
     LINES_KEPT=6 check "7b in f16, all on the GPU, dense" 90 "$PYTHON" -m powerinfer bench \
         -m build/7b.f16.gguf --backend cuda --dense -p 512 -n 64 -b 1 -r 3 --md
 fi

@@ -44,6 +44,7 @@ class AheadTape(Tape):
         notify: Callable[[str], Any] = lambda _: None,
     ) -> None:
         super().__init__(stream, pool)
+        self._exclusive = device.exclusive
         load_kernels([await_flag, answer], notify)
         # A line each: one is written while others are polled. The device knows the lower halves.
         words, at = device.pinned(3 * _LINE)
@@ -53,6 +54,7 @@ class AheadTape(Tape):
         self._flag_at, self._answer_at, self._base_at = at, at + _LINE, at + 2 * _LINE
         self._stop = np.zeros(1, np.int64)
         self._last = 0  # number of the last exchange there was
+        self._coming = 0  # how many the program that is played has
         self._blocks: list[np.ndarray] = []  # that programs point to
         # While capturing: the numbers of marks, and of the last exchange; jobs that are not yet in
         # a step.
@@ -62,6 +64,7 @@ class AheadTape(Tape):
 
     def begin(self) -> None:
         self._base[0] = self._last
+        self._last += self._coming
 
     def mark(self, name: str) -> None:
         if self._steps is None:
@@ -106,10 +109,13 @@ class AheadTape(Tape):
         steps, n = super().capture(whole), self._n
 
         def play() -> None:
-            try:
-                steps()
-            finally:  # if it has failed, the device must not wait for ever
-                self._answer[0] = self._last = int(self._base[0]) + n
+            with self._exclusive():
+                self._coming = n
+                try:
+                    steps()
+                finally:  # if it has failed, the device must not wait for ever
+                    self._answer[0] = self._last
+                    self._coming = 0
 
         return play if n else steps
 
@@ -139,9 +145,10 @@ class AheadTape(Tape):
 
         def goes_on() -> bool:
             nonlocal done
-            self.stream.is_done()  # raises what the device has died of; some drivers send work now
             n = self.pool.run(jobs[done:], address(self._stop))
             done += n
+            if done < len(jobs):  # a flag is late
+                self.stream.is_done()  # raises what the device has died of; some send work now
             return n > 0
 
         while done < len(jobs):

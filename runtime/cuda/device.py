@@ -119,11 +119,17 @@ class Device(Protocol):
         """Return host memory that the device reads and writes too, zeroed, and its device address.
 
         It lives as long as the array or a view of it. Like `allocate`, this may wait for all work
-        of the device: for ever, if that waits for the host.
+        of the device: in the thread that the device waits for, for ever.
         """
 
     def stream(self) -> Stream:
         """Return a new stream, independent of all others."""
+
+    def exclusive(self) -> AbstractContextManager[Any]:
+        """Return a lock, to be held as long as work that has been queued waits for the host.
+
+        Who allocates or frees waits for all work, and for this before it.
+        """
 
     def close(self) -> None:
         """Wait for all work if the device still answers, and free everything."""

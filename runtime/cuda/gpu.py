@@ -6,13 +6,15 @@ stream, nothing that allocates behind a captured graph. What it lacks comes from
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import functools
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -33,10 +35,9 @@ _OUT_OF_MEMORY, _NOT_READY = 2, 600
 _KERNEL_FAULTS = {700, 702, 710, 714, 715, 716, 717, 718, 719}
 _CLOSING_S = 5.0  # to finish what is still queued
 _PLAIN_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without being asked for
-_OVERLAPPING = (
-    9,
-    0,
-)  # compute capability from which a kernel may begin before its predecessor ends
+# Compute capability from which a kernel may begin before its predecessor ends, and the CUDA of the
+# driver from which graphs keep to that.
+_OVERLAPPING, _OVERLAPPING_GRAPHS = (9, 0), 12030
 
 
 class _Attribute(ctypes.Structure):
@@ -76,30 +77,27 @@ class _Part:
 
         Not at the end of the program, which frees all and must not wait for a stuck device.
         """
-        weakref.finalize(self, _release, self.gpu.lost, release, handle).atexit = False
+        end = weakref.finalize(self, _dead.append, (self.gpu.lost, release, handle))
+        end.atexit = False
         return handle
 
 
-def _release(lost: list[str], release: Callable[[int], Any], handle: int) -> None:
-    if not lost:  # else it might wait for ever
-        with suppress(runtime.CUDARuntimeError, driver.CUDADriverError):
-            release(handle)
+# Work of a device may wait for the host (ahead.py). Whoever allocates or frees memory, loads code
+# or unloads it, waits for all work inside of the driver: for ever, if in the thread that is to
+# answer; and from another one it may keep that thread out of the driver. So both sides hold this
+# lock, and what the garbage collector finds, in whatever thread, is given back only under it.
+_QUIET = threading.RLock()
+_dead: collections.deque[tuple[list[str], Callable[[int], Any], int]] = collections.deque()
+_MANY_DEAD = 1000  # events, mostly
 
 
-class _Unused(list[int]):
-    """Addresses of pinned memory that nobody uses any more.
-
-    To free it waits for all work of the device, which may be waiting for the thread that happens to
-    collect garbage. So it is freed when more is asked for, or the GPU is closed.
-    """
-
-    is_closed = False
-
-    def release(self, lost: list[str], address: int) -> None:
-        if self.is_closed:
-            _release(lost, runtime.freeHost, address)
-        else:
-            self.append(address)
+def _give_back() -> None:
+    """Release what nobody uses any more; with the lock held."""
+    while _dead:
+        lost, release, handle = _dead.popleft()
+        if not lost:  # else it might wait for ever
+            with suppress(runtime.CUDARuntimeError, driver.CUDADriverError):
+                release(handle)
 
 
 def _checked(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_S, _P], _R]:
@@ -140,7 +138,6 @@ class GPU(_Part):
         self.lost: list[str] = []  # why it cannot be used any more, if so
         self._streams: weakref.WeakSet[GPUStream] = weakref.WeakSet()
         self._allocated: set[int] = set()
-        self.unused = _Unused()
         self._functions: dict[str, int] = {}
         self._shared: dict[str, int] = {}  # bytes asked for, of kernels that take much
         self._kernels = arguments.kernels(folder)
@@ -152,13 +149,15 @@ class GPU(_Part):
         self.name = properties["name"].decode()
         self.memory_total = int(properties["totalGlobalMem"])
         capability = int(properties["major"]), int(properties["minor"])
-        self.overlaps = capability >= _OVERLAPPING
-        cuda = runtime.driverGetVersion() // 1000
-        cubins = compiler.compile_all(capability, notify, cuda, folder)
-        self._modules = {
-            source: self._owns(driver.moduleUnload, driver.moduleLoadData(cubin))
-            for source, cubin in cubins.items()
-        }
+        cuda = runtime.driverGetVersion()
+        self.overlaps = capability >= _OVERLAPPING and cuda >= _OVERLAPPING_GRAPHS
+        cubins = compiler.compile_all(capability, notify, cuda // 1000, folder)
+        with _QUIET:
+            _give_back()
+            self._modules = {
+                source: self._owns(driver.moduleUnload, driver.moduleLoadData(cubin))
+                for source, cubin in cubins.items()
+            }
         self._library = ctypes.CDLL(detect.LIBRARY)
         # Where launches wait for what they launch, the host would wait for an answer of its own.
         self.has_wait_value = os.environ.get("CUDA_LAUNCH_BLOCKING", "0") == "0"
@@ -174,7 +173,8 @@ class GPU(_Part):
     @_checked
     def allocate(self, nbytes: int) -> int:
         try:
-            address = int(runtime.malloc(nbytes))
+            with _QUIET:
+                address = int(runtime.malloc(nbytes))
         except runtime.CUDARuntimeError as error:
             if error.status != _OUT_OF_MEMORY:
                 raise
@@ -187,12 +187,14 @@ class GPU(_Part):
     @_checked
     def free(self, address: int) -> None:
         self._allocated.remove(address)
-        runtime.free(address)
+        with _QUIET:
+            runtime.free(address)
 
     @_checked
     def pinned(self, nbytes: int) -> tuple[U8Array, int]:
-        self._free_unused()
-        array = np.asarray(_Pinned(self, nbytes))
+        with _QUIET:
+            _give_back()
+            array = np.asarray(_Pinned(self, nbytes))
         array[:] = 0
         host, address = ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64()
         self.call("cuMemHostGetDevicePointer_v2", ctypes.byref(address), host, ctypes.c_uint(0))
@@ -219,20 +221,19 @@ class GPU(_Part):
             self._shared[kernel] = shared
         return handle
 
+    def exclusive(self) -> AbstractContextManager[Any]:
+        return _QUIET
+
     def close(self) -> None:
         try:
             for stream in list(self._streams):
                 stream.synchronize(_CLOSING_S)
             for address in list(self._allocated):
                 self.free(address)
-            self._free_unused()
-            self.unused.is_closed = True
+            with _QUIET:
+                _give_back()
         except DeviceError:  # to free would wait for ever
             return
-
-    def _free_unused(self) -> None:
-        while self.unused:
-            runtime.freeHost(self.unused.pop())
 
 
 class _Pinned(_Part):
@@ -241,9 +242,7 @@ class _Pinned(_Part):
     def __init__(self, gpu: GPU, nbytes: int) -> None:
         self.gpu = gpu
         flags = runtime.hostAllocPortable | runtime.hostAllocMapped
-        address = runtime.hostAlloc(nbytes, flags)
-        release = weakref.finalize(self, gpu.unused.release, gpu.lost, address)
-        release.atexit = False
+        address = self._owns(runtime.freeHost, runtime.hostAlloc(nbytes, flags))
         self.__array_interface__ = {
             "version": 3,
             "typestr": "|u1",
@@ -280,12 +279,13 @@ class GPUGraph(_Part):
 
     def finish(self, captured: int, stream: int) -> None:
         """Make it of what was captured, and ready to run."""
-        try:
-            handle = runtime.graphInstantiate(captured)
-        finally:
-            runtime.graphDestroy(captured)
-        self.handle = self._owns(runtime.graphExecDestroy, handle)
-        runtime.graphUpload(self.handle, stream)
+        with _QUIET:
+            try:
+                handle = runtime.graphInstantiate(captured)
+            finally:
+                runtime.graphDestroy(captured)
+            self.handle = self._owns(runtime.graphExecDestroy, handle)
+            runtime.graphUpload(self.handle, stream)
 
     @_checked
     def launch(self, stream: Stream) -> None:
@@ -359,6 +359,11 @@ class GPUStream(_Part):
         except DeviceError as error:
             self.gpu.lost.append(str(error))
             raise
+        if len(_dead) > _MANY_DEAD and _QUIET.acquire(blocking=False):
+            try:
+                _give_back()
+            finally:
+                _QUIET.release()
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[Graph]:
