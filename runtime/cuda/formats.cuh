@@ -12,6 +12,7 @@
 //   scale(weights, group) of the VECTORS / GROUPS vectors of a group
 //   column(unit, vector)  the column of the vector's first weight; the others follow it
 //   D_BYTES               of the plane d, for 256 columns
+//   PER_SCALE, IS_TF32    weights that share a scale; whether tf32 holds a weight exactly
 #pragma once
 #include "common.cuh"
 
@@ -36,6 +37,8 @@ __device__ inline float signed_byte(int word, int j) {
 struct Q4_0 {
     using Word = int;
     static constexpr int UNIT = 32, LOADS = 1, VECTORS = 2, GROUPS = 1, D_BYTES = 16;
+    static constexpr int PER_SCALE = 32;
+    static constexpr bool IS_TF32 = false;
     struct Weights {
         int4 q;
         unsigned short d;
@@ -60,6 +63,8 @@ struct Q4_0 {
 struct Q8_0 {  // half a block a unit
     using Word = int;
     static constexpr int UNIT = 16, LOADS = 1, VECTORS = 1, GROUPS = 1, D_BYTES = 16;
+    static constexpr int PER_SCALE = 32;
+    static constexpr bool IS_TF32 = false;
     struct Weights {
         int4 q;
         unsigned short d;
@@ -86,6 +91,8 @@ struct Q8_0 {  // half a block a unit
 struct Q6_K {
     using Word = int;
     static constexpr int UNIT = 64, LOADS = 3, VECTORS = 4, GROUPS = 4, D_BYTES = 20;
+    static constexpr int PER_SCALE = 16;
+    static constexpr bool IS_TF32 = false;
     struct Weights {
         int4 first, second, upper;  // of ql, ql + 32, qh
         int scales[2];              // of the half: int8 [8]
@@ -133,6 +140,7 @@ struct Q6_K {
 struct F16 {
     using Word = float;
     static constexpr int UNIT = 8, LOADS = 1, VECTORS = 2, D_BYTES = 0;
+    static constexpr bool IS_TF32 = true;
     struct Weights {
         int4 q;
     };
@@ -172,6 +180,7 @@ __device__ inline float4 load4(const float* row, int column, int cols) {
 struct F32 {
     using Word = float;
     static constexpr int UNIT = 4, LOADS = 1, VECTORS = 1, D_BYTES = 0;
+    static constexpr bool IS_TF32 = false;
     struct Weights {
         float4 q;
     };
@@ -318,7 +327,7 @@ template <class F> struct Meet<F, float> {
 
 template <class F> __device__ inline int units(int cols) { return (cols + F::UNIT - 1) / F::UNIT; }
 
-// Asks for `count` rows, from `first` on, before their time: each lane for other lines of the caches.
+// Asks for `count` rows, from `first` on, before their time: each lane for other lines of caches.
 template <class F> __device__ inline void prefetch_rows(const Matrix& w, int first, int count) {
 #if !defined(CUSIM) && __CUDA_ARCH__ >= 900  // elsewhere there is nothing to do meanwhile
     const auto ask = [&](const unsigned char* plane, long long row_bytes) {

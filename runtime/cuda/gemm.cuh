@@ -291,7 +291,7 @@ template <class F, int TOKENS>
 __device__ inline void multiply(const Tile<int>& tile, const Part<TOKENS>& part,
                                 typename Part<TOKENS>::Sums& sums) {
     constexpr int M = Part<TOKENS>::M, N = Part<TOKENS>::N;
-    constexpr int GROUPS = F::UNIT == 64 ? 2 : 1;  // of weights that share a scale: q6_k has two
+    constexpr int GROUPS = QK / F::PER_SCALE;
 #pragma unroll 1
     for (int v = 0; v < LINE; v += 2) {
         int a[M][4], b[2][2];
@@ -347,8 +347,7 @@ template <class F, int TOKENS>
 __device__ inline void multiply_tf32(const Tile<float>& tile, const Part<TOKENS>& part,
                                      typename Part<TOKENS>::Sums& sums) {
     constexpr int M = Part<TOKENS>::M, N = Part<TOKENS>::N;
-    constexpr bool IS_EXACT = F::UNIT == 8;  // f16
-    constexpr int DEEP = IS_EXACT ? DEEPEST : 1;  // times 8 columns
+    constexpr int DEEP = F::IS_TF32 ? DEEPEST : 1;  // times 8 columns
 #pragma unroll 1
     for (int v = 0; v < LINE; v += 2 * DEEP) {
         float a[DEEP][M][4], a_low[DEEP][M][4], b[DEEP][2][2], b_low[DEEP][2][2];
@@ -356,7 +355,7 @@ __device__ inline void multiply_tf32(const Tile<float>& tile, const Part<TOKENS>
         for (int k = 0; k < DEEP; k++) {
 #pragma unroll
             for (int i = 0; i < M; i++) part.load_rows(tile, v + 2 * k, i, a[k][i]);
-            if (!IS_EXACT) split(a[k], a_low[k]);
+            if (!F::IS_TF32) split(a[k], a_low[k]);
         }
 #pragma unroll
         for (int j = 0; j < N; j++) {
@@ -370,7 +369,7 @@ __device__ inline void multiply_tf32(const Tile<float>& tile, const Part<TOKENS>
                 float products[4] = {};
 #pragma unroll
                 for (int k = 0; k < DEEP; k++) {
-                    if (!IS_EXACT) mma(products, a_low[k][i], b[k][j % 2]);
+                    if (!F::IS_TF32) mma(products, a_low[k][i], b[k][j % 2]);
                     mma(products, a[k][i], b_low[k][j % 2]);
                     mma(products, a[k][i], b[k][j % 2]);
                 }
