@@ -20,7 +20,7 @@ from .device import Device, DeviceError
 from .operators import CUDA
 
 RESERVE = 512 << 20  # bytes of free GPU memory that are left to others, without a budget
-CROSSING = 20e-6  # seconds: a host that waits for an event, and a small copy down and up
+CROSSING = 20e-6  # seconds that an exchange between GPU and CPU takes: not yet measured by itself
 _PROBE = 256 << 20  # bytes that are copied to see how fast the device's memory is
 
 
