@@ -238,7 +238,7 @@ WRONG = {
         "gemm", "q8_0", 96, "16 * i + lane_id() % 16", "16 * i + lane_id() % 8",
     ),
     "half of a fragment of tokens": ("gemm", "q8_0", 96, "[v + lane_id() / 8 % 2]", "[v]"),
-    "what tf32 leaves of a weight": ("gemm", "f32", 520, "if (!F::IS_TF32) mma(", "if (false) mma("),
+    "what tf32 leaves of a weight": ("gemm", "f32", 520, "if (!F::IS_TF32) mma", "if (false) mma"),
     "what tf32 leaves of a token": (
         "gemm", "f16", 1100, "__float_as_uint(x - high)", "__float_as_uint(0.0f)",
     ),
