@@ -151,6 +151,28 @@ def decoded(engine, n=3):
     return np.concatenate(rows)
 
 
+def note_calls(monkeypatch, owner, name, inside):
+    """Let `inside` have the name of a function as long as it runs."""
+    real = getattr(owner, name)
+
+    def noting(*args, **kwargs):
+        inside.append(name)
+        try:
+            return real(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(owner, name, noting)
+
+
+def watched(engine, ids):
+    """Return what a Recorder sees while ids are read by an engine, which is closed then."""
+    recorder = Recorder()
+    with engine as llm, llm.watched(recorder):
+        llm.read(ids)
+    return recorder.seen
+
+
 class Recorder(Watcher):
     """Keeps what it is shown."""
 

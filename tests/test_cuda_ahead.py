@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from cuda_engine import KINDS, decoded, hybrid, on_gpu, survives
+from cuda_engine import KINDS, decoded, hybrid, note_calls, on_gpu, survives
 from cusim import sim
 from fake_device import FakeDevice, FakeGraph, FakeStream, simulator
 from powerinfer.runtime.cpu import exchange
@@ -128,20 +128,13 @@ def test_every_wait_is_needed(what, model, right, monkeypatch):
     expected, inside = right(path, where), []
     owner, name, method = LEFT_OUT[what]
     if method is not None:
-        real_method, real = getattr(operators.CUDA, method), getattr(owner, name)
-
-        def noting(*args):
-            inside.append(method)
-            try:
-                return real_method(*args)
-            finally:
-                inside.pop()
+        real = getattr(owner, name)
+        note_calls(monkeypatch, operators.CUDA, method, inside)
 
         def wait(tape, mark):
             if not inside or tape._steps is None:
                 real(tape, mark)
 
-        monkeypatch.setattr(operators.CUDA, method, noting)
     else:
 
         def wait(*_):

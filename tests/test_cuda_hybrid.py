@@ -18,12 +18,14 @@ from cuda_engine import (
     decoded,
     hot_first,
     hybrid,
+    note_calls,
     on_cpu,
     on_gpu,
     relative,
     retyped,
     same_reading,
     survives,
+    watched,
 )
 from cusim import sim
 from fake_device import FakeDevice, FakeStream, simulator
@@ -208,21 +210,8 @@ WAITS = {  # in which method which wait is left out
 def inside(monkeypatch):
     """Note in which of WAITS's methods we are; and stage weights in small pieces."""
     methods = []
-
-    def noting(owner, name):
-        real = getattr(owner, name)
-
-        def method(*args, **kwargs):
-            methods.append(name)
-            try:
-                return real(*args, **kwargs)
-            finally:
-                methods.pop()
-
-        monkeypatch.setattr(owner, name, method)
-
     for owner, name, _, _ in WAITS.values():
-        noting(owner, name)
+        note_calls(monkeypatch, owner, name, methods)
     small = functools.partial(seam.Uploader, nbytes=5000)
     monkeypatch.setattr(operators, "Uploader", small)
     return methods
@@ -368,10 +357,7 @@ def test_watchers_see_what_they_see_on_the_cpu(kind, model):
     for mode, n in (("predicted", 20), ("predicted", 1), ("exact", 20), ("exact", 1)):
         seen = []
         for engine in (hybrid(path, on_gpu(share, n_layer), mode=mode), on_cpu(path, mode=mode)):
-            recorder = Recorder()
-            with engine as llm, llm.watched(recorder):
-                llm.read(IDS[:n])
-            seen.append(recorder.seen)
+            seen.append(watched(engine, IDS[:n]))
         for i, (ours, cpus) in enumerate(zip(*seen, strict=True)):
             if mode == "predicted" or i % 6 not in (2, 3):  # else scores, mask
                 np.testing.assert_allclose(ours, cpus, rtol=0, atol=1e-4 * max(cpus.std(), 1e-3))

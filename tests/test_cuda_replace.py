@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import convert, random_predictors
-from cuda_engine import Recorder, close_enough, hybrid, on_cpu, on_gpu, survives
+from cuda_engine import Recorder, close_enough, hybrid, note_calls, on_cpu, on_gpu, survives
 from cusim import sim
 from fake_device import FakeDevice, FakeStream, simulator
 from powerinfer.predictors.order import Changes, rewrite
@@ -382,19 +382,12 @@ def test_every_wait_is_needed(method, owner, name, model, small, monkeypatch):
     interrupts = INTERRUPTS if method[1] == "_move" else ()
     right = everything(path, FakeDevice(), interrupts)
     assert not differs(path, right, interrupts)
-    real, wait = getattr(*method), getattr(owner, name)
-
-    def noting(*args):
-        inside.append(method)
-        try:
-            return real(*args)
-        finally:
-            inside.pop()
+    wait = getattr(owner, name)
 
     def leave_out(*args, **kwargs):
         return None if inside else wait(*args, **kwargs)
 
-    monkeypatch.setattr(*method, noting)
+    note_calls(monkeypatch, *method, inside)
     assert not differs(path, right, interrupts)
     monkeypatch.setattr(owner, name, leave_out)
     assert differs(path, right, interrupts)

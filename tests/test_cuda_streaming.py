@@ -1,6 +1,7 @@
 """Long prompts on the fake device: neurons that are not resident pass through two windows."""
 
 import contextlib
+import dataclasses
 import functools
 from unittest import mock
 
@@ -17,6 +18,7 @@ from cuda_engine import (
     retyped,
     same_reading,
     survives,
+    watched,
 )
 from cusim import sim
 from fake_device import FakeDevice, FakeStream, simulator
@@ -37,17 +39,8 @@ SHAPES = {
     "odd rows": tiny.Tiny(n_embd=96, n_ff=352, n_head=3, n_head_kv=1, head_dim=32),
     "biases": tiny.Tiny(n_ff=352, has_biases=True),
     "drelu": tiny.Tiny(n_ff=352, n_head_kv=2, architecture="BambooForCausalLM"),
-    "falcon 7b": tiny.Tiny(
-        n_ff=352, n_head_kv=1, architecture="FalconForCausalLM", extra={"multi_query": True}
-    ),
-    "falcon 40b": tiny.Tiny(
-        n_embd=96,
-        n_ff=352,
-        n_head=6,
-        n_head_kv=2,
-        architecture="FalconForCausalLM",
-        extra={"new_decoder_architecture": True},
-    ),
+    "falcon 7b": dataclasses.replace(tiny.MODELS["falcon7"], n_ff=352),
+    "falcon 40b": dataclasses.replace(tiny.MODELS["falcon40"], n_ff=352),
     "opt, wide": tiny.Tiny(n_ff=352, architecture="OPTForCausalLM"),
 }
 
@@ -311,12 +304,8 @@ def test_ctrl_c_anywhere(model, staging):
 
 @pytest.mark.parametrize("kind", ["llama", "drelu", "falcon 7b"])
 def test_watchers_see_what_they_see_on_the_cpu(kind, model):
-    path, seen = model(kind, "f32"), []
-    for engine in (hybrid(path, on_gpu(0.3, 2)), on_cpu(path)):
-        recorder = Recorder()
-        with engine as llm, llm.watched(recorder):
-            llm.read(IDS)
-        seen.append(recorder.seen)
+    path = model(kind, "f32")
+    seen = [watched(engine, IDS) for engine in (hybrid(path, on_gpu(0.3, 2)), on_cpu(path))]
     for ours, cpus in zip(*seen, strict=True):
         np.testing.assert_allclose(ours, cpus, rtol=0, atol=1e-4 * max(cpus.std(), 1e-3))
 

@@ -11,6 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
+PYTEST=("$PYTHON" -m pytest -q -o faulthandler_timeout=60)
 mkdir -p build
 RESULTS=${1:-build/gpu-check-$(date -u +%Y-%m-%d).md}
 shift || true
@@ -35,10 +36,10 @@ say "# GPU check, $(date -u '+%Y-%m-%d %H:%M') UTC, commit $(git rev-parse --sho
 say "" "    $(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader)"
 LINES_KEPT=40 check "what is found" 60 "$PYTHON" -m powerinfer doctor
 
-CUSIM=gpu check "kernels against the reference" 150 "$PYTHON" -m pytest -q -o faulthandler_timeout=60 -n 4 \
+CUSIM=gpu check "kernels against the reference" 150 "${PYTEST[@]}" -n 4 \
     tests/test_cuda_{gemv,ffn,ffn_gemm,attention,elementwise,sample}.py
 LINES_KEPT=40 check "tests on the GPU" 150 \
-    "$PYTHON" -m pytest -q -o faulthandler_timeout=60 -rP -m gpu tests/test_cuda_device.py tests/test_gpu.py
+    "${PYTEST[@]}" -rP -m gpu tests/test_cuda_device.py tests/test_gpu.py
 
 # Few tests, since every access is checked: each kernel of a prompt and of a token runs in them.
 # The tool waits for every launch; so must the engine, or it would wait for itself.
@@ -47,7 +48,7 @@ export CUDA_LAUNCH_BLOCKING=1
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         check "compute-sanitizer $tool" 100 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$PYTHON" -m pytest -q -x -o faulthandler_timeout=60 -m gpu -k "$SOME" tests/test_gpu.py
+            "${PYTEST[@]}" -x -m gpu -k "$SOME" tests/test_gpu.py
     done
 else
     say "" "## compute-sanitizer: not on this machine"
@@ -67,8 +68,8 @@ if [ $# = 0 ]; then
     # One graph of 80 layers, each waiting for the CPU: does launching it return?
     [ -e build/deep.gguf ] ||
         "$PYTHON" -m powerinfer.tools.synth 1b --layers 80 -o build/deep.gguf >/dev/null 2>&1
-    LINES_KEPT=6 check "1b in 80 layers, 2.5 GiB" 90 "$PYTHON" -m powerinfer bench \
-        -m build/deep.gguf --vram-budget 2.5 -p 0 -n 64 -b 1 -r 3 --md
+    LINES_KEPT=6 check "1b in 80 layers, 1.5 GiB" 90 "$PYTHON" -m powerinfer bench \
+        -m build/deep.gguf --vram-budget 1.5 -p 0 -n 64 -b 1 -r 3 --md
     LINES_KEPT=6 check "7b in f16, all on the GPU, dense" 90 "$PYTHON" -m powerinfer bench \
         -m build/7b.f16.gguf --backend cuda --dense -p 512 -n 64 -b 1 -r 3 --md
 fi

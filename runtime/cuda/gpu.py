@@ -77,8 +77,7 @@ class _Part:
 
         Not at the end of the program, which frees all and must not wait for a stuck device.
         """
-        end = weakref.finalize(self, _dead.append, (self.gpu.lost, release, handle))
-        end.atexit = False
+        weakref.finalize(self, _dead.append, (self.gpu.lost, release, handle)).atexit = False
         return handle
 
 

@@ -27,6 +27,7 @@ from .loading import DeviceMatrix, Loader
 
 ACTIVATIONS = ("relu", "fatrelu", "drelu", "relu2", "silu", "gelu")  # common.cuh, Activation
 STORE, ADD, STORE_RELU = range(3)  # common.cuh, Op
+TILE_ROWS, TILE_TOKENS = 64, 128  # gemm.cuh, TILE_ROWS and MANY
 _ROW_BLOCKS = 1024  # of 8 warps each, that take the neurons of a list in turn
 _UNITS = {"q4_0": 32, "q8_0": 16, "q6_k": 64, "f16": 8, "f32": 4}  # formats.cuh, UNIT
 _NOTHING = DeviceMatrix(0, 0, 0, 0, "")
@@ -227,35 +228,26 @@ class Builder:
         x: _Input,
         y: int,
         op: int,
-        bias: Tensor | None = None,
+        *biases: Tensor | None,
+        y_stride: int | None = None,
         of_outputs: bool = False,
     ) -> Launches:
-        """y (op) x @ w^T + bias."""
-        return self._product_into(w, x, y, w.rows, op, self._load.floats(bias), of_outputs)
+        """y (op) x @ w^T + biases, one behind the other.
 
-    def _product_into(
-        self,
-        w: DeviceMatrix,
-        x: _Input,
-        y: int,
-        y_stride: int,
-        op: int,
-        bias: int,
-        of_outputs: bool = False,
-    ) -> Launches:
-        """The same into part of y's rows, `y_stride` floats apart; `bias`: its address, or 0."""
+        `y_stride`: floats from one row of y to the next, if those have more than these rows of w.
+        """
         values = {
             "w": w,
             "x": x.x,
             "x_packed": x.packed,
-            "bias": bias,
+            "bias": self._load.floats(*biases),
             "y": y,
-            "y_stride": y_stride,
+            "y_stride": y_stride or w.rows,
             "op": op,
         }
         many = _launch(
             f"gemm_{w.suffix}",
-            lambda n: (_parts(w.rows, 64), _parts(n, 128)),
+            lambda n: (_parts(w.rows, TILE_ROWS), _parts(n, TILE_TOKENS)),
             n_tok=self._counts(of_outputs),
             **values,
         )
@@ -319,8 +311,8 @@ class Builder:
         # One product of what has one format: a matrix on its own is too small to keep a GPU busy.
         for _, group in itertools.groupby(parts, lambda part: (part[0].type, part[1] is None)):
             weights, biases = zip(*group, strict=True)
-            w, bias = self._load.matrix(*weights), self._load.floats(*biases)
-            launches += self._product_into(w, normed, at["qkv"] + 4 * first, width, STORE, bias)
+            w, y = self._load.matrix(*weights), at["qkv"] + 4 * first
+            launches += self._product(w, normed, y, STORE, *biases, y_stride=width)
             first += w.rows
         rope = _launch(
             f"rope_append_{self._kv}",
@@ -521,7 +513,7 @@ class Builder:
         return [
             _launch(
                 f"ffn_rows_gemm_{suffix}",
-                lambda n: (w.n_blocks, _parts(n, 128)),
+                lambda n: (w.n_blocks, _parts(n, TILE_TOKENS)),
                 n_tok=self._at["counts"],
                 mask=self._at["mask"],
                 block_neuron=w.block_neuron,
@@ -553,7 +545,7 @@ class Builder:
         c, at, down = self._plan.config, self._at, w.matrices[-1]
         return _launch(
             f"ffn_down_gemm_{down.suffix}",
-            lambda n: (_parts(c.n_embd, 64), _parts(n, 128)),
+            lambda n: (_parts(c.n_embd, TILE_ROWS), _parts(n, TILE_TOKENS)),
             down_t=down,
             act=w.act,
             n_tok=at["counts"],
