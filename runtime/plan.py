@@ -142,6 +142,7 @@ def plan(m: ModelSizes, rates: Rates, budget: int, tokens: int | None = None) ->
     steps = _finish(m.layers, seconds, ways[k][1], int(room[k]))
     slots = [s * layer.step for s, layer in zip(steps, m.layers, strict=False)]
     placement = place(m, rates, slots, tokens, budget)
+    assert placement.used <= max(budget, 0)
     return dataclasses.replace(placement, note=_note(m, placement))
 
 
@@ -299,8 +300,11 @@ def _divide(
         faster = np.minimum.accumulate(times[order])
         order = order[np.diff(faster, prepend=np.inf) < 0]
         if len(order) > _STATES:
+            # One of each part; and the smallest, all that fits where others leave no room.
             part = sizes[order] * _STATES // (int(room[1]) + 1)
-            order = order[np.append(np.diff(part) > 0, True)]
+            is_kept = np.append(np.diff(part) > 0, True)
+            is_kept[0] = True
+            order = order[is_kept]
         size, time = sizes[order], times[order]
         before, choice = np.divmod(order, len(choices))
         trail.append((before, choices[choice]))

@@ -288,6 +288,17 @@ def test_more_budget_is_never_worse_for_real_sizes(name):
         best = min(best, seconds(m, CARD, p, 2048, True))
 
 
+@pytest.mark.parametrize("name", ["7b", "falcon-40b"])
+def test_budgets_that_some_layers_just_fit(name):
+    """What is left for neurons is then a small part of what fewer layers would leave."""
+    m = model_sizes(synth.imagine(name), "predicted", 1024)
+    own = [layer.dense + layer.cache for layer in m.layers]
+    for taken in m.head + m.workspace + m.graphs + m.windows + np.cumsum(own):
+        for more in (-1, 0, 1, 1 << 20, 4 << 20):
+            p = plan(m, CARD, int(taken) + more)
+            assert p.used == recount(m, p) <= taken + more
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_bound_is_the_formula(seed):
     m, rates, budget = random_case(seed)
