@@ -74,14 +74,14 @@ def model(tiny_gguf, tmp_path_factory):
 @contextlib.contextmanager
 def cpu_layers():
     """Collect the numbers of the layers of which the CPU computes anything for several tokens."""
-    layers, real = set(), CPU.ffn
+    layers, real = set(), CPU._run_ffn
 
-    def ffn(self, il):
+    def run_ffn(self, il, block):
         if self._captured is None and self.plan.step.n_tok > 1:
             layers.add(il)
-        real(self, il)
+        real(self, il, block)
 
-    with mock.patch.object(CPU, "ffn", ffn):
+    with mock.patch.object(CPU, "_run_ffn", run_ffn):
         yield layers
 
 

@@ -19,6 +19,8 @@ from .gemm import MULTIPLIES, UNPACKS
 from .jit import Kernel
 from .rows import AXPYS, DOTS, WIDENS
 
+Block = np.ndarray[tuple[int], np.dtype[np.int64]]
+
 # Words of a weight matrix [rows, cols]: address, the kernels of its format (0: not used here),
 # rows, cols, bytes of a row, and the address of its float32 bias (0: none).
 MATRIX: Any = namedtuple(
@@ -68,7 +70,7 @@ def matrix(
     ]
 
 
-def build(fields: Any, **values: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+def build(fields: Any, **values: Any) -> Block:
     """Return the filled block; every field must be given, arrays stand for their address."""
     block = np.zeros(fields.words, np.int64)
     missing = set(fields._fields) - set(values) - {"words"}

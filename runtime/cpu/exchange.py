@@ -16,32 +16,43 @@ EXCHANGE = layout("flag answer base number patience stop")
 
 
 @inline
-def _value(args):
+def _value(exchange):
     """Return the number of an exchange: in a token, from where the token's numbers begin."""
-    return load_i64(arg(args, EXCHANGE.base)) + arg(args, EXCHANGE.number)
+    return load_i64(arg(exchange, EXCHANGE.base)) + arg(exchange, EXCHANGE.number)
+
+
+@inline
+def has_come(exchange):
+    """Wait for the device to come to an exchange; False, and stop = 1, if that takes too long."""
+    flag, value, looks = arg(exchange, EXCHANGE.flag), _value(exchange), 0
+    # Of the flag the device writes the lower 32 bits, which wrap.
+    while (atomic_load(flag) - value) & 0x80000000:
+        if looks >= arg(exchange, EXCHANGE.patience):
+            atomic_store(arg(exchange, EXCHANGE.stop), 1)
+            return False
+        looks += 1
+        pause()
+        if looks > _SPINS:
+            yield_core()
+    return True
+
+
+@inline
+def is_late(exchange):
+    """Return whether somebody has waited too long: the program ends with this job not done."""
+    return atomic_load(arg(exchange, EXCHANGE.stop)) != 0
+
+
+@inline
+def answer(exchange):
+    """Let the device go on from an exchange."""
+    atomic_store(arg(exchange, EXCHANGE.answer), _value(exchange))
 
 
 @job
 def await_flag(args, control, epoch, thread):
-    """Wait for the device to come to an exchange; stop = whether that takes too long."""
+    """Wait for the device to come to an exchange, args."""
     while take(control, 0, epoch, 1) >= 0:
-        flag, value, looks = arg(args, EXCHANGE.flag), _value(args), 0
-        # Of the flag the device writes the lower 32 bits, which wrap.
-        while (atomic_load(flag) - value) & 0x80000000 and looks < arg(args, EXCHANGE.patience):
-            looks += 1
-            pause()
-            if looks > _SPINS:
-                yield_core()
-        is_late = (atomic_load(flag) - value) & 0x80000000
-        atomic_store(arg(args, EXCHANGE.stop), is_late)
-        finish(control, 0)
-    wait(control, 0, epoch, 1)
-
-
-@job
-def answer(args, control, epoch, thread):
-    """Let the device go on: all jobs of an exchange are done."""
-    while take(control, 0, epoch, 1) >= 0:
-        atomic_store(arg(args, EXCHANGE.answer), _value(args))
+        has_come(args)
         finish(control, 0)
     wait(control, 0, epoch, 1)

@@ -6,8 +6,12 @@ The decider is the gate, or, in models without one, up (and no factor). Its rows
 predicted neurons, or for all; rows of up and down_t only for those that fire. Several tokens:
 ffn_batch.py.
 
-Results do not depend on the number of threads: the list of fired neurons is cut into LANES pieces
-of equal length, each with its own accumulator, added up in lane order.
+Results do not depend on the number of threads: the list of fired neurons is cut into lanes of equal
+length, as many as its length says, each with its own accumulator; they are added up in their order.
+Threads may share a lane: each then has some of the columns.
+
+Between the phases of a job threads wait for each other, which costs as much as reading some ten
+rows: there are few phases, and what is to be done once, for all, the last task of a phase does.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ import numpy as np
 
 from ..step import FIRED, HALF_FIRED
 from .block import MATRIX, layout
-from .jit import arg, function, job
+from .exchange import answer, has_come, is_late
+from .jit import arg, function, inline, job
 from .matmul import (
     ADD,
     LIST,
@@ -28,13 +33,15 @@ from .matmul import (
     n_tasks_of,
     row_dots,
     rows_ahead,
+    rows_from,
     rows_per_task,
 )
 from .pool import finish, take, wait
-from .rows import clear_flags, fill_zero, pack, pack_stride, row_number
+from .rows import clear_flags, fetch_rows, fill_zero, lead, pack, pack_stride, row_number
 from .simd import (
     append_numbers,
     atomic_add,
+    atomic_store,
     call_axpys,
     load_f32,
     load_f32x16,
@@ -50,8 +57,10 @@ from .simd import (
     where_at_least,
 )
 
-LANES = 16
-COLUMNS = 256  # columns in one task of the reduction over lanes
+LANES = 8  # at most, of at least LANE rows
+LANE = 16
+MIN_COLUMNS = 512  # of a task: rows are cut into pieces of some lines at least
+FEW = 8  # neurons of a list that are taken at a time: rows of one matrix are on their way meanwhile
 
 RELU, FATRELU, DRELU, RELU2, SILU, GELU = range(6)
 ACTIVATIONS = {
@@ -65,8 +74,9 @@ ACTIVATIONS = {
 
 FFN = layout(
     "counts h packs ones mask has_mask is_dense act rows n_rows fired active n_active values "
-    "activation threshold x down_bias lanes totals act_packs wanted place scratch scratch_bytes "
-    "n_threads is_transposed is_part width decider:MATRIX up:MATRIX down:MATRIX"
+    "activation threshold x down_bias lanes arrived totals act_packs wanted place scratch "
+    "scratch_bytes n_threads is_transposed is_part exchange width decider:MATRIX up:MATRIX "
+    "down:MATRIX"
 )
 
 AUDIT = layout(
@@ -118,9 +128,8 @@ def list_rows(flags, n, rows):
 
 
 @function
-def _decide(decider, first, rows, count, h, packed, kind, threshold, act, fired, scratch):
+def _decide(decider, first, rows, count, ahead, h, packed, kind, threshold, act, fired, scratch):
     """act = activation(rows of the decider . h), fired = whether that is not 0; both by row."""
-    ahead = rows_ahead(decider, first, rows)
     out = row_dots(decider, first, rows, count, ahead, h, packed, scratch)
     for i in range(count):
         row = first + row_number(rows, i)
@@ -143,170 +152,204 @@ def _multiply(up, rows, count, ahead, h, packed, kind, act, fired, scratch):
 
 
 @function
-def _lanes(args, n_active, task, n_lanes, scratch):
-    """Set the lanes of a task, y [n_embd] each, to their shares of the down projection.
+def _neurons(args, rows, first, n_rows, scratch):
+    """act and fired of n_rows neurons: of a list, or (rows is 0) of those from `first` on.
 
-    Reads the rows of up and of down for the neurons of the list: up may silence some more (drelu),
-    whose rows of down are not read. In the standard layout of down only act is made.
-
-    ROWS neurons at a time, and while rows of one matrix are multiplied those of the other come.
+    Rows of the decider, and rows of up for those that fire. Of a list a few are taken at a time,
+    and while rows of one matrix are multiplied those of the other come. Without one nearly all rows
+    that are read are the decider's, in their order; some of up are saved up.
     """
-    decider, up, down = args + 8 * FFN.decider, args + 8 * FFN.up, args + 8 * FFN.down
-    n_embd, act, kind = arg(decider, MATRIX.cols), arg(args, FFN.act), arg(args, FFN.activation)
-    active, fired, values = arg(args, FFN.active), arg(args, FFN.fired), arg(args, FFN.values)
-    h, packed = arg(args, FFN.h), arg(args, FFN.packs)
-    up_data, down_data = arg(up, MATRIX.data), arg(down, MATRIX.data)
-    down_bytes, is_dense = arg(down, MATRIX.row_bytes), arg(args, FFN.is_dense) != 0
-    is_transposed = arg(args, FFN.is_transposed) != 0
-    in_turns = up_data != 0 and is_transposed and arg(up, MATRIX.row_bytes) == down_bytes
-    first_lane, last_lane = task * n_lanes, min((task + 1) * n_lanes, LANES)
-    end = n_active * last_lane // LANES
-    for lane in range(first_lane, last_lane):
-        y = arg(args, FFN.lanes) + 4 * n_embd * lane
-        fill_zero(y, n_embd)
-        first, last, n_fired = n_active * lane // LANES, n_active * (lane + 1) // LANES, 0
-        for i in range(first, last, ROWS):
-            count, rows, weights, n = min(ROWS, last - i), active + 4 * i, values + 4 * i, 0
-            next_rows = rows + 4 * count if i + count < end else rows
-            if up_data != 0:
-                ahead = (down_data, rows) if in_turns else rows_ahead(up, 0, rows)
-                _multiply(up, rows, count, ahead, h, packed, kind, act, fired, scratch)
+    decider, up = args + 8 * FFN.decider, args + 8 * FFN.up
+    h, packed, kind = arg(args, FFN.h), arg(args, FFN.packs), arg(args, FFN.activation)
+    act, fired, threshold = arg(args, FFN.act), arg(args, FFN.fired), arg(args, FFN.threshold)
+    data, up_data, row_bytes = arg(decider, MATRIX.data), arg(up, MATRIX.data), 0
+    is_dense = arg(args, FFN.is_dense) != 0
+    in_turns = rows != 0 and arg(up, MATRIX.row_bytes) == arg(decider, MATRIX.row_bytes)
+    at_a_time, enough = (FEW, 1) if rows != 0 else (ROWS, ROWS)
+    listed, n_listed, i = scratch + LIST, 0, 0
+    if rows != 0:
+        row_bytes = arg(decider, MATRIX.row_bytes)
+        fetch_rows(data, row_bytes, rows, min(n_rows, FEW), row_bytes)
+    while i < n_rows or n_listed > 0:
+        count = min(at_a_time, n_rows - i)
+        start, these = rows_from(first, rows, i)
+        nexts = rows_from(start, these, count)[1]
+        if count > 0:
+            ahead = rows_ahead(decider, start, these)
+            if in_turns:
+                ahead = (up_data, listed) if n_listed > 0 else (data, nexts)
+            _decide(
+                decider,
+                start,
+                these,
+                count,
+                ahead,
+                h,
+                packed,
+                kind,
+                load_f32(threshold),
+                act,
+                fired,
+                scratch,
+            )
+        if n_listed >= enough or count <= 0:
+            for j in range(0, n_listed, ROWS):
+                some = listed + 4 * j
+                ahead = (data, nexts) if in_turns else rows_ahead(up, 0, some)
+                n = min(ROWS, n_listed - j)
+                _multiply(up, some, n, ahead, h, packed, kind, act, fired, scratch)
+            n_listed = 0
+        if up_data != 0:
             for j in range(count):
-                row = row_number(rows, j)
-                has_fired = load_u8(fired + row) == FIRED
-                n_fired += np.int64(has_fired)
-                if has_fired or is_dense:  # the control takes all, for nothing
-                    store_i32(rows + 4 * n, np.int32(row))
-                    store_f32(weights + 4 * n, load_f32(act + 4 * row))
-                    n += 1
-            if is_transposed:
-                ahead = (up_data, next_rows) if in_turns else rows_ahead(down, 0, rows)
-                call_axpys(
-                    arg(down, MATRIX.axpys),
-                    down_data,
-                    down_bytes,
-                    n_embd,
-                    rows,
-                    n,
-                    ahead[0],
-                    ahead[1],
-                    weights,
-                    y,
-                )
-        atomic_add(arg(args, FFN.totals) + 24, n_fired)
+                row = start + row_number(these, j)
+                store_i32(listed + 4 * n_listed, np.int32(row))
+                n_listed += np.int64(is_dense or load_u8(fired + row) != 0)
+        i += max(count, 0)
+
+
+@function
+def _list_fired(args, n_rows):
+    """List the neurons whose rows of down are read, and their act; count what is read."""
+    n_ff = arg(args + 8 * FFN.decider, MATRIX.rows)
+    act, fired, totals = arg(args, FFN.act), arg(args, FFN.fired), arg(args, FFN.totals)
+    active, values, n = arg(args, FFN.active), arg(args, FFN.values), 0
+    n_up = list_rows(fired, n_ff, active)
+    for i in range(n_up):  # drelu: up may have silenced some
+        row = row_number(active, i)
+        store_i32(active + 4 * n, np.int32(row))
+        store_f32(values + 4 * n, load_f32(act + 4 * row))
+        n += np.int64(load_u8(fired + row) == FIRED)
+    atomic_add(totals, 1)
+    atomic_add(totals + 8, n_rows)
+    atomic_add(totals + 16, n_up)
+    atomic_add(totals + 24, n)
+    if arg(args, FFN.is_dense) != 0:  # the control takes all, for nothing
+        n = n_ff
+        for row in range(n_ff):
+            store_i32(active + 4 * row, np.int32(row))
+            store_f32(values + 4 * row, load_f32(act + 4 * row))
+    store_i32(arg(args, FFN.n_active), np.int32(n))
+
+
+@inline
+def _columns(n_embd, n_threads):
+    """Return how many columns of a lane a task has: whole blocks of any format."""
+    pieces = max(4 * n_threads // LANES, 1)
+    return min(max((n_embd // pieces + 255) // 256 * 256, MIN_COLUMNS), n_embd)
+
+
+@function
+def _down(args, n_active, lane, n_lanes, first, width):
+    """Columns first to first + width of a lane = its neurons' act . down_t.
+
+    Whoever is the last to do so adds the lanes up: x += their sum + down_bias.
+    """
+    down, active, values = args + 8 * FFN.down, arg(args, FFN.active), arg(args, FFN.values)
+    row_bytes, n_embd = arg(down, MATRIX.row_bytes), arg(down, MATRIX.cols)
+    lanes, bias, x = arg(args, FFN.lanes), arg(args, FFN.down_bias), arg(args, FFN.x)
+    # Columns begin at whole blocks, so that this is exact.
+    data, nbytes = arg(down, MATRIX.data) + row_bytes * first // n_embd, row_bytes * width // n_embd
+    y, begin, end = lanes + 4 * n_embd * lane, n_active * lane // n_lanes, 0
+    end = n_active * (lane + 1) // n_lanes
+    rows, count, distance = active + 4 * begin, end - begin, lead(nbytes)
+    fill_zero(y + 4 * first, width)
+    fetch_rows(data, row_bytes, rows, min(count, distance), nbytes)
+    call_axpys(
+        arg(down, MATRIX.axpys),
+        data,
+        row_bytes,
+        width,
+        rows,
+        count,
+        data,
+        rows + 4 * distance,
+        values + 4 * begin,
+        y + 4 * first,
+    )
+    arrived = arg(args, FFN.arrived) + 64 * (first // MIN_COLUMNS)
+    if atomic_add(arrived, 1) == n_lanes - 1:
+        atomic_store(arrived, 0)
+        for other in range(1, n_lanes):
+            add_to(lanes, lanes + 4 * n_embd * other, first, first + width)
+        if bias != 0:
+            add_to(lanes, bias, first, first + width)
+        add_to(x, lanes, first, first + width)
 
 
 @job
 def ffn(args, control, epoch, thread):
     """x [n_embd] += FFN(h); counts what was read and what fired.
 
-    Phases: 0 list the predicted neurons, 1 decider, 2 list those that fired, 3 up and down by
-    lanes, 4 add the lanes up; or, in the standard layout of down, 4 pack act, 5 multiply. A part of
-    another backend's FFN begins with x = 0 and with h, which that has made, packed: beside 0.
+    Phases: 0 list the predicted neurons, 1 decider and up, 2 down; 5 down in the standard layout.
+    A part of another backend's FFN has x = that. It begins with h, which that has made, packed, and
+    in an exchange with it waits before, and answers at the end; where that takes too long the job
+    is not done.
     """
-    decider = args + 8 * FFN.decider
+    decider, exchange = args + 8 * FFN.decider, arg(args, FFN.exchange)
     n_ff, n_embd = arg(decider, MATRIX.rows), arg(decider, MATRIX.cols)
-    act, mask, has_mask = arg(args, FFN.act), arg(args, FFN.mask), arg(args, FFN.has_mask) != 0
-    rows, fired, active = arg(args, FFN.rows), arg(args, FFN.fired), arg(args, FFN.active)
-    n_rows_at, n_active_at = arg(args, FFN.n_rows), arg(args, FFN.n_active)
-    kind, is_dense = arg(args, FFN.activation), arg(args, FFN.is_dense) != 0
-    threshold = load_f32(arg(args, FFN.threshold))
+    has_mask, is_part = arg(args, FFN.has_mask) != 0, arg(args, FFN.is_part) != 0
+    rows, n_rows_at = arg(args, FFN.rows), arg(args, FFN.n_rows)
     scratch = arg(args, FFN.scratch) + thread * arg(args, FFN.scratch_bytes)
-    n_threads, x = arg(args, FFN.n_threads), arg(args, FFN.x)
+    n_threads = arg(args, FFN.n_threads)
 
-    n_tasks = 2 if arg(args, FFN.is_part) != 0 else 1 if has_mask else 0
+    n_tasks = 2 if is_part else 1 if has_mask else 0
     while True:
         task = take(control, 0, epoch, n_tasks)
         if task < 0:
             break
         if task == 0:
-            clear_flags(fired, n_ff)
-            store_i32(n_rows_at, np.int32(list_rows(mask, n_ff, rows)))
-        else:
-            fill_zero(x, n_embd)
-            if n_embd % 32 == 0:
+            clear_flags(arg(args, FFN.fired), n_ff)
+        if exchange == 0 or has_come(exchange):
+            if task == 0:
+                n_rows = list_rows(arg(args, FFN.mask), n_ff, rows)
+                store_i32(n_rows_at, np.int32(n_rows))
+            elif n_embd % 32 == 0:
                 pack(arg(args, FFN.h), n_embd, arg(args, FFN.packs), arg(args, FFN.ones))
         finish(control, 0)
-    if not wait(control, 0, epoch, n_tasks):
+    if not wait(control, 0, epoch, n_tasks) or (exchange != 0 and is_late(exchange)):
         return
     n_rows = np.int64(load_i32(n_rows_at)) if has_mask else n_ff
 
-    size = rows_per_task(n_rows, n_embd, n_threads, 1)
-    if has_mask:  # a list is short, and what is prefetched behind a task is lost
-        size *= 2
-    n_tasks = (n_rows + size - 1) // size
+    if has_mask:
+        size = min(max(n_rows // (4 * n_threads), FEW), 16 * ROWS)
+    else:
+        size = rows_per_task(n_rows, n_embd, n_threads, 1)
+    n_tasks = max((n_rows + size - 1) // size, 1)
     while True:
         task = take(control, 1, epoch, n_tasks)
         if task < 0:
             break
-        for first in range(task * size, min(task * size + size, n_rows), ROWS):
-            _decide(
-                decider,
-                0 if has_mask else first,
-                rows + 4 * first if has_mask else 0,
-                min(ROWS, n_rows - first),
-                arg(args, FFN.h),
-                arg(args, FFN.packs),
-                kind,
-                threshold,
-                act,
-                fired,
-                scratch,
-            )
-        finish(control, 1)
-    if not wait(control, 1, epoch, n_tasks):
-        return
-
-    while True:
-        task = take(control, 2, epoch, 1)
-        if task < 0:
-            break
-        n_up = list_rows(fired, n_ff, active)
-        if is_dense:
-            for row in range(n_ff):
-                store_i32(active + 4 * row, np.int32(row))
-        store_i32(n_active_at, np.int32(n_ff if is_dense else n_up))
-        totals = arg(args, FFN.totals)
-        atomic_add(totals, 1)
-        atomic_add(totals + 8, n_rows)
-        atomic_add(totals + 16, n_up)
-        finish(control, 2)
-    if not wait(control, 2, epoch, 1):
-        return
-
-    lanes, n_active = arg(args, FFN.lanes), np.int64(load_i32(n_active_at))
-    n_lanes = max(LANES // (4 * n_threads), 1)  # in a task
-    n_tasks = (LANES + n_lanes - 1) // n_lanes
-    while True:
-        task = take(control, 3, epoch, n_tasks)
-        if task < 0:
-            break
-        _lanes(args, n_active, task, n_lanes, scratch)
-        finish(control, 3)
-    if not wait(control, 3, epoch, n_tasks):
+        first = task * size
+        listed = rows + 4 * first if has_mask else 0
+        n = min(size, n_rows - first)
+        _neurons(args, listed, 0 if has_mask else first, n, scratch)
+        if finish(control, 1) == n_tasks - 1:
+            _list_fired(args, n_rows)
+            if is_part:
+                fill_zero(arg(args, FFN.x), n_embd)
+            if arg(args, FFN.is_transposed) == 0:
+                pack_act(args, 0)
+            finish(control, 1)
+    if not wait(control, 1, epoch, n_tasks + 1):
         return
 
     if arg(args, FFN.is_transposed) == 0:
-        while take(control, 4, epoch, 1) >= 0:
-            pack_act(args, 0)
-            finish(control, 4)
-        if wait(control, 4, epoch, 1):
-            standard_down(args, control, epoch, scratch)
+        if standard_down(args, control, epoch, scratch) and exchange != 0:
+            answer(exchange)
         return
-    down_bias = arg(args, FFN.down_bias)
-    n_tasks = (n_embd + COLUMNS - 1) // COLUMNS
+    n_active = np.int64(load_i32(arg(args, FFN.n_active)))
+    width, n_lanes = _columns(n_embd, n_threads), min(max(n_active // LANE, 1), LANES)
+    n_pieces = (n_embd + width - 1) // width
+    n_tasks = n_lanes * n_pieces
     while True:
-        task = take(control, 4, epoch, n_tasks)
+        task = take(control, 2, epoch, n_tasks)
         if task < 0:
             break
-        first, last = task * COLUMNS, min((task + 1) * COLUMNS, n_embd)
-        for lane in range(1, LANES):
-            add_to(lanes, lanes + lane * n_embd * 4, first, last)
-        if down_bias != 0:
-            add_to(lanes, down_bias, first, last)
-        add_to(x, lanes, first, last)
-        finish(control, 4)
-    wait(control, 4, epoch, n_tasks)
+        first = task % n_pieces * width
+        _down(args, n_active, task // n_pieces, n_lanes, first, min(width, n_embd - first))
+        if finish(control, 2) == n_tasks - 1 and exchange != 0:
+            answer(exchange)
+    wait(control, 2, epoch, n_tasks)
 
 
 @function
@@ -320,19 +363,20 @@ def pack_act(args, t):
 
 @function
 def standard_down(args, control, epoch, scratch):
-    """x += down . act for the layout of dense files: phase 5."""
+    """x += down . act for the layout of dense files: phase 5. True for who is the last to do so."""
     n_tok = np.int64(load_i32(arg(args, FFN.counts)))
     down, n_threads = args + 8 * FFN.down, arg(args, FFN.n_threads)
     n_embd, act = arg(down, MATRIX.rows), arg(args, FFN.act)
     packs, x = arg(args, FFN.act_packs), arg(args, FFN.x)
-    n_tasks = n_tasks_of(down, n_threads, n_tok)
+    n_tasks, is_last = n_tasks_of(down, n_threads, n_tok), False
     while True:
         task = take(control, 5, epoch, n_tasks)
         if task < 0:
             break
         matmul_task(down, task, n_threads, n_tok, act, packs, x, n_embd, ADD, scratch)
-        finish(control, 5)
+        is_last = finish(control, 5) == n_tasks - 1
     wait(control, 5, epoch, n_tasks)
+    return is_last
 
 
 @job
@@ -355,7 +399,10 @@ def audit(args, control, epoch, thread):
             break
         for first in range(task * size, min(task * size + size, n_ff), ROWS):
             count = min(ROWS, n_ff - first)
-            _decide(decider, first, 0, count, h, packed, kind, threshold, act, truth, scratch)
+            ahead = rows_ahead(decider, first, 0)
+            _decide(
+                decider, first, 0, count, ahead, h, packed, kind, threshold, act, truth, scratch
+            )
             if kind == DRELU:
                 listed, n = scratch + LIST, 0
                 for row in range(first, first + count):

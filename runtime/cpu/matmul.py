@@ -32,8 +32,8 @@ _PANELS_BYTES = 480 << 10  # of panels at once: they stay in the second cache
 # A thread's scratch: the end of a row, what its rows came to, a list of rows, and from WORK on
 # whatever a job needs.
 SUMS = SCRATCH  # float32 [ROWS]
-LIST = SUMS + 4 * ROWS  # int32 [ROWS + SLACK]
-WORK = -(-(LIST + 4 * (ROWS + SLACK)) // 64) * 64
+LIST = SUMS + 4 * ROWS  # int32 [2 * ROWS + SLACK]
+WORK = -(-(LIST + 4 * (2 * ROWS + SLACK)) // 64) * 64
 
 STORE, ADD = 0, 1
 

@@ -14,15 +14,12 @@ from ..gguf import Tensor
 from ..weights import Weights
 from . import attention, ffn, ffn_batch, linear, matmul
 from .bandwidth import Reader, read_all
-from .block import MATRIX, PRODUCTS, SUMS, address, build, matrix
+from .block import MATRIX, PRODUCTS, SUMS, Block, address, build, matrix
 from .elementwise import NORMS
 from .gemm import MULTIPLIES, UNPACKS
 from .jit import Kernel, load_kernels
 from .pool import Call, Pool, physical_cores, program
 from .rows import AXPYS, DOTS, F16, F32, SLACK, WIDENS, pack_bytes
-
-Block = np.ndarray[tuple[int], np.dtype[np.int64]]
-
 
 _JOBS = (
     linear.embed,
@@ -122,7 +119,10 @@ class CPU:
             "n_active": self._ints(n_tok),
         }
         audit_act = self._floats(c.n_ff)
-        lanes = self._floats(ffn.LANES, c.n_embd)
+        lanes = {
+            "lanes": self._floats(ffn.LANES, c.n_embd),
+            "arrived": self._bytes(64 * (c.n_embd // ffn.MIN_COLUMNS + 1)),
+        }
         scale = self._keeping(np.array([1 / np.sqrt(c.head_dim)], np.float32))
         activation_threshold = self._keeping(np.array([c.activation_threshold], np.float32))
 
@@ -256,11 +256,11 @@ class CPU:
                     threshold=activation_threshold,
                     x=b.x,
                     down_bias=0 if layer.down_bias is None else layer.down_bias.data,
-                    lanes=lanes,
                     totals=b.counts[il],
                     act_packs=act_packs,
                     is_transposed=layer.down_t is not None,
                     is_part=0,
+                    exchange=0,
                     decider=matrix(layer.decider, layer.decider_bias),
                     up=matrix(layer.up, layer.up_bias),
                     width=max(ffn_batch.WIDTH, BLOCK_SIZES[down.type][0]),
@@ -270,6 +270,7 @@ class CPU:
                     else matrix(down, None, SUMS),
                     **packed_embd,
                     **neurons,
+                    **lanes,
                     **scratch,
                 )
             )
@@ -353,7 +354,10 @@ class CPU:
         self._run(linear.predict, self._predict[il])
 
     def ffn(self, il: int) -> None:
-        self._run(ffn.ffn if self._is_one() else ffn_batch.ffn_batch, self._ffn[il])
+        self._run_ffn(il, self._ffn[il])
+
+    def _run_ffn(self, il: int, block: Block) -> None:
+        self._run(ffn.ffn if self._is_one() else ffn_batch.ffn_batch, block)
 
     def _is_one(self) -> bool:
         return self._captured is not None or self.plan.step.n_tok == 1
@@ -381,12 +385,16 @@ class CPU:
             block[ffn.FFN.is_dense] = 0
             block[ffn.FFN.down_bias] = block[ffn.FFN.down + MATRIX.bias] = 0
 
-    def ffn_part(self, il: int) -> None:
-        """See be_part()."""
+    def ffn_part(self, il: int, exchange: Block | None = None) -> None:
+        """See be_part(); `exchange`: what a captured one waits for and answers (exchange.py)."""
+        block = self._ffn[il]
         if not self._is_one():  # for one token ffn does this itself
             self._run(linear.clear_rows, self._clear_part)
             self.pack_h()
-        self.ffn(il)
+        elif exchange is not None:
+            block = self._keeping(block.copy())
+            block[ffn.FFN.exchange] = address(self._keeping(exchange))
+        self._run_ffn(il, block)
 
     def pack_h(self) -> None:
         """Round buffers.h, made by another backend, as ffn and audit want it."""

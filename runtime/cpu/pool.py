@@ -61,8 +61,8 @@ def take(control, phase, epoch, n_tasks):
 
 @inline
 def finish(control, phase):
-    """Say that a task taken from this phase is done."""
-    atomic_add(control + _COUNTERS + phase * 2 * _LINE + _LINE, 1)
+    """Say that a task taken from this phase is done; return how many were before."""
+    return atomic_add(control + _COUNTERS + phase * 2 * _LINE + _LINE, 1) & 0xFFFFFFFF
 
 
 @inline

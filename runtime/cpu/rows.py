@@ -323,8 +323,8 @@ def dot_float(type_, w, n, x, ahead):
     return total
 
 
-# Two rows at a time, so that y is read and written half as often: y += a * v + b * w. The sums are
-# those of one row after the other.
+# Some rows at a time, so that y is read and written less often: y += a * v + b * w + ... The sums
+# are those of one row after the other.
 
 
 @inline
@@ -350,19 +350,25 @@ def _fma_blocks(type_, w, scale, low, high):
 
 
 @inline
-def _axpy2_blocks(type_, v, w, n, a, b, y, ahead_v, ahead_w):
-    """The same for Q4_0 and Q8_0."""
+def _axpy4_blocks(type_, rows, n, factors, y, ahead):
+    """The same for Q4_0 and Q8_0; four rows, and what is fetched meanwhile."""
     block_bytes = 18 if type_ == Q4_0 else 34
+    r, s, t, u = rows
+    ahead_r, ahead_s, ahead_t, ahead_u = ahead[0] - r, ahead[1] - s, ahead[2] - t, ahead[3] - u
     for _ in range(n // 32):
-        prefetch(v + ahead_v)
-        prefetch(w + ahead_w)
-        scale_v, scale_w = splat(a * load_f16(v)), splat(b * load_f16(w))
+        prefetch(r + ahead_r)
+        prefetch(s + ahead_s)
+        prefetch(t + ahead_t)
+        prefetch(u + ahead_u)
         low, high = load_f32x16(y), load_f32x16(y + 64)
-        low, high = _fma_blocks(type_, v, scale_v, low, high)
-        low, high = _fma_blocks(type_, w, scale_w, low, high)
+        low, high = _fma_blocks(type_, r, splat(factors[0] * load_f16(r)), low, high)
+        low, high = _fma_blocks(type_, s, splat(factors[1] * load_f16(s)), low, high)
+        low, high = _fma_blocks(type_, t, splat(factors[2] * load_f16(t)), low, high)
+        low, high = _fma_blocks(type_, u, splat(factors[3] * load_f16(u)), low, high)
         store_f32x16(y, low)
         store_f32x16(y + 64, high)
-        v, w, y = v + block_bytes, w + block_bytes, y + 128
+        r, s, t, u = r + block_bytes, s + block_bytes, t + block_bytes, u + block_bytes
+        y += 128
 
 
 @inline
@@ -405,14 +411,21 @@ def lead(row_bytes):
 
 
 @inline
-def _fetch_far(row, row_bytes):
-    """Ask for a whole row of a list that comes later.
+def _fetch_far(row, nbytes):
+    """Ask for a whole row of a list that comes later, or for the columns of it that are wanted.
 
     Into the second cache: it waits for more lines at a time than the first, and rows here and
     there are nothing that the machine foresees.
     """
-    for line in range(0, row_bytes, 64):
+    for line in range(0, nbytes, 64):
         prefetch_far(row + line)
+
+
+@inline
+def fetch_rows(w, row_bytes, rows, count, nbytes):
+    """Ask for the first rows of a list, which nothing before has asked for: nbytes of each."""
+    for i in range(count):
+        _fetch_far(w + row_number(rows, i) * row_bytes, nbytes)
 
 
 @inline
@@ -422,7 +435,7 @@ def _row(w, row_bytes, rows, i, count):
 
 
 @inline
-def _next_rows(w, row_bytes, rows, i, j, count, next_w, next_rows):
+def _next_rows(w, row_bytes, rows, i, j, count, next_w, next_rows, nbytes):
     """Return what is fetched into the first cache while rows i and j (or i alone) are read.
 
     Of a list these are the ones that come next: what comes later is fetched far.
@@ -430,9 +443,9 @@ def _next_rows(w, row_bytes, rows, i, j, count, next_w, next_rows):
     next_v = next_w + row_number(next_rows, i) * row_bytes
     next_u = next_w + row_number(next_rows, j) * row_bytes
     if rows != 0:
-        _fetch_far(next_v, row_bytes)
+        _fetch_far(next_v, nbytes)
         if j != i:
-            _fetch_far(next_u, row_bytes)
+            _fetch_far(next_u, nbytes)
         next_v = _row(w, row_bytes, rows, j + 1, count)
         next_u = _row(w, row_bytes, rows, j + 2, count)
     return next_v, next_u
@@ -445,7 +458,9 @@ def _make_dots(type_):
             # A last row without a partner is multiplied twice.
             j = min(i + 1, count - 1) if in_twos else i
             v, u = _row(w, row_bytes, rows, i, count), _row(w, row_bytes, rows, j, count)
-            next_v, next_u = _next_rows(w, row_bytes, rows, i, j, count, next_w, next_rows)
+            next_v, next_u = _next_rows(
+                w, row_bytes, rows, i, j, count, next_w, next_rows, row_bytes
+            )
             if in_twos:
                 a, b = _dot2_blocks(type_, v, u, n, packed, scratch, next_v, next_u)
                 store_f32(out + 4 * j, b)
@@ -458,20 +473,52 @@ def _make_dots(type_):
     return Kernel(dots, 11, f"dots_{GGMLType(type_).name}")
 
 
+@inline
+def _four_rows(w, row_bytes, rows, i, count):
+    """Return where rows i to i + 3 of `count` are, as _row says."""
+    return (
+        _row(w, row_bytes, rows, i, count),
+        _row(w, row_bytes, rows, i + 1, count),
+        _row(w, row_bytes, rows, i + 2, count),
+        _row(w, row_bytes, rows, i + 3, count),
+    )
+
+
+@inline
+def _value(values, i, count):
+    """Return the factor of the i-th of `count` rows; behind the last, where _row is that one, 0."""
+    return load_f32(values + 4 * i) if i < count else np.float32(0)
+
+
 def _make_axpys(type_):
+    block_size, block_bytes = BLOCK_SIZES[GGMLType(type_)]
+
     def axpys(w, row_bytes, n, rows, count, next_w, next_rows, values, y):
-        for i in range(0, count, 2):
-            # A last row without a partner is added together with 0 times itself.
-            j = min(i + 1, count - 1)
-            a = load_f32(values + 4 * i)
-            b = load_f32(values + 4 * j) if j > i else np.float32(0)
-            v, u = _row(w, row_bytes, rows, i, count), _row(w, row_bytes, rows, j, count)
-            next_v, next_u = _next_rows(w, row_bytes, rows, i, j, count, next_w, next_rows)
-            ahead_v, ahead_u = next_v - v, next_u - u
-            if type_ in (Q4_0, Q8_0):
-                _axpy2_blocks(type_, v, u, n, a, b, y, ahead_v, ahead_u)
-            else:
-                _axpy2_float(type_, v, u, n, a, b, y, ahead_v, ahead_u)
+        nbytes = n // block_size * block_bytes
+        if type_ in (Q4_0, Q8_0):
+            for i in range(0, count, 4):
+                four = _four_rows(w, row_bytes, rows, i, count)
+                ahead = _four_rows(next_w, row_bytes, next_rows, i, i + 4)
+                if rows != 0:  # as _next_rows has it
+                    for row in ahead:
+                        _fetch_far(row, nbytes)
+                    ahead = _four_rows(w, row_bytes, rows, i + 4, count)
+                factors = (
+                    load_f32(values + 4 * i),
+                    _value(values, i + 1, count),
+                    _value(values, i + 2, count),
+                    _value(values, i + 3, count),
+                )
+                _axpy4_blocks(type_, four, n, factors, y, ahead)
+        else:
+            for i in range(0, count, 2):
+                j = min(i + 1, count - 1)
+                a, b = load_f32(values + 4 * i), _value(values, i + 1, count)
+                v, u = _row(w, row_bytes, rows, i, count), _row(w, row_bytes, rows, j, count)
+                next_v, next_u = _next_rows(
+                    w, row_bytes, rows, i, j, count, next_w, next_rows, nbytes
+                )
+                _axpy2_float(type_, v, u, n, a, b, y, next_v - v, next_u - u)
 
     return Kernel(axpys, 9, f"axpys_{GGMLType(type_).name}")
 

@@ -3,7 +3,7 @@ other.
 
 Where the CPU has a part of the work there is an exchange of two words in pinned memory. The device
 writes a flag when what the part needs is there, and waits for an answer before what uses it. The
-CPU's parts are one program of the pool, in which a job polls the flag, and another answers.
+CPU's parts are one program of the pool, whose jobs poll the flag and answer.
 
 The words are numbers that grow from exchange to exchange, so that none is ever reset. Nothing
 waits for ever: a poll that has waited some milliseconds ends the program, for Python to look after
@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ..cpu.block import address, build
-from ..cpu.exchange import EXCHANGE, answer, await_flag
+from ..cpu.block import Block, address, build
+from ..cpu.exchange import EXCHANGE, await_flag
 from ..cpu.jit import load_kernels
 from ..cpu.pool import Call, Pool, Program, program
 from .device import Device, Stream, wait_until
@@ -45,7 +45,7 @@ class AheadTape(Tape):
     ) -> None:
         super().__init__(stream, pool)
         self._exclusive = device.exclusive
-        load_kernels([await_flag, answer], notify)
+        load_kernels([await_flag], notify)
         # A line each: one is written while others are polled. The device knows the lower halves.
         words, at = device.pinned(3 * _LINE)
         self._flag, self._answer, self._base = (
@@ -79,7 +79,10 @@ class AheadTape(Tape):
         if self._steps is None:
             super().wait(name)
         else:
-            self._exchange(await_flag.address, self._numbers[name])
+            self._calls.append((await_flag.address, address(self._block(name))))
+
+    def exchange(self, name: str) -> Block | None:
+        return super().exchange(name) if self._steps is None else self._block(name)
 
     def host(self, work: Callable[[], Any]) -> None:
         if self._steps is not None:
@@ -93,12 +96,9 @@ class AheadTape(Tape):
             self._calls += calls
 
     def resume(self, name: str) -> None:
-        if self._steps is None:
-            return
-        number = self._numbers[name]
-        self._exchange(answer.address, number)
-        self._go_on()
-        self.stream.wait_value(self._answer_at, self._base_at, number)
+        if self._steps is not None:
+            self._go_on()
+            self.stream.wait_value(self._answer_at, self._base_at, self._numbers[name])
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], None]:
         def whole() -> None:
@@ -119,19 +119,19 @@ class AheadTape(Tape):
 
         return play if n else steps
 
-    def _exchange(self, function: int, number: int) -> None:
-        """Let the CPU do its part of an exchange at this point of the program."""
+    def _block(self, name: str) -> Block:
+        """Return the argument block of a mark's exchange."""
         block = build(
             EXCHANGE,
             flag=self._flag,
             answer=self._answer,
             base=self._base,
-            number=number,
+            number=self._numbers[name],
             patience=PATIENCE,
             stop=self._stop,
         )
         self._blocks.append(block)
-        self._calls.append((function, address(block)))
+        return block
 
     def _work_so_far(self) -> None:
         """Let the CPU do its part of what has been queued."""
@@ -145,6 +145,7 @@ class AheadTape(Tape):
 
         def goes_on() -> bool:
             nonlocal done
+            self._stop[0] = 0
             n = self.pool.run(jobs[done:], address(self._stop))
             done += n
             if done < len(jobs):  # a flag is late

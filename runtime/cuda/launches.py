@@ -106,7 +106,8 @@ class LayerLaunches:
     compact: Launches  # mask and lists, from the scores
     recompact: Launches  # the same again, of other scores: counts nothing
     ffn: Launches  # the resident neurons
-    ffn_add: Launches  # what they came to, and the CPU's part
+    ffn_add: Launches  # x += what they came to
+    add_cold: Launches  # x += the CPU's part
     has_cold: bool  # whether there is a part of the CPU's
     resident: Resident
     streamed: LayerLaunches | None  # where the CPU has no part in it (streaming.py)
@@ -154,7 +155,7 @@ class Builder:
         is_predicted = self._plan.mode == "predicted"
         a = self._input("a")
         out = self._product(load.matrix(layer.wo), a, at["x"], ADD, layer.bo)
-        neurons, add, add_streamed = self._neurons(il, layer, place, resident)
+        neurons, add = self._neurons(il, layer, place, resident)
         h, host_h = self._input("h"), at["host_h"] if has_cold else 0
         launches = LayerLaunches(
             qkv=self._qkv(layer, cache),
@@ -166,6 +167,7 @@ class Builder:
             recompact=self._compact(il, resident.slot, has_cold, 0, 0),
             ffn=neurons,
             ffn_add=add,
+            add_cold=self._add(0, 0, other=at["host_part"]) if has_cold else Launches(),
             has_cold=has_cold,
             resident=resident,
             streamed=None,
@@ -178,7 +180,7 @@ class Builder:
             ffn_norm=launches.ffn_norm.with_argument("host_h", 0),
             compact=self._compact(il, every, False, self._counters(il), self._heat(il)),
             recompact=self._compact(il, every, False, 0, 0),
-            ffn_add=add_streamed,
+            ffn_add=add.with_argument("n_parts", 1),
             has_cold=False,
         )
         return dataclasses.replace(launches, streamed=streamed)
@@ -431,41 +433,44 @@ class Builder:
 
     def _neurons(
         self, il: int, layer: Layer, place: LayerPlacement, resident: Resident
-    ) -> tuple[Launches, Launches, Launches]:
-        """Return the launches of a layer's resident neurons, and those that add them up.
-
-        Those for when the CPU has the others, and for when they have been streamed.
-        """
-        c, at, n = self._plan.config, self._at, place.slots
-        rows, has_cold = Launches(), n < place.n_blocks
+    ) -> tuple[Launches, Launches]:
+        """Return the launches of a layer's resident neurons, and those that add them up to x."""
+        c, n = self._plan.config, place.slots
+        rows = Launches()
         if n:
             matrices = [matrix for matrix, _ in resident.matrices]
-            window = Window(il, n, resident.neuron_of, matrices, resident.biases, at["act"])
+            window = Window(il, n, resident.neuron_of, matrices, resident.biases, self._at["act"])
             rows = self._rows(window, resident.slot)
-            if layer.down is not None:  # the standard layout: all neurons are there
-                if c.n_ff % BLOCK:  # act in whole blocks would not be rows for a product
-                    rows = Launches(rows.one, rows.one)
-                act = self._input("act")
-                product = self._product(
-                    self._load.matrix(layer.down), act, at["x"], ADD, layer.down_bias
-                )
-                return rows, self._packed(act, c.n_ff, layer.down) + product, Launches()
-            rows += self._down(window, resident.slot)
-        adding = {
-            **{name: at[name] for name in ("counts", "x")},
-            "parts": at["down_parts"],
-            "bias": self._load.floats(layer.down_bias),
-            "n": c.n_embd,
-        }
+            if layer.down is None:
+                rows += self._down(window, resident.slot)
+        if layer.down is None or not n:
+            n_parts = (DOWN_SPLITS, 1) if n else (0, 0)
+            return rows, self._add(*n_parts, self._load.floats(layer.down_bias))
+        # The standard layout: all neurons are there.
+        if c.n_ff % BLOCK:  # act in whole blocks would not be rows for a product
+            rows = Launches(rows.one, rows.one)
+        act, x = self._input("act"), self._at["x"]
+        product = self._product(self._load.matrix(layer.down), act, x, ADD, layer.down_bias)
+        return rows, self._packed(act, c.n_ff, layer.down) + product
 
-        def add(n_parts: int, other: int) -> Launch:
-            grid, stride = _parts(c.n_embd, 256), c.n_embd
-            values = {"n_parts": n_parts, "part_stride": stride, "other": other, **adding}
-            return _launch("add_parts", lambda n: (grid, n), **values)
+    def _add(self, one: int, many: int, bias: int = 0, other: int = 0) -> Launches:
+        """x += down_parts (one token has `one` of them, several have `many`), bias and other."""
+        c, at = self._plan.config, self._at
 
-        other = at["host_part"] if has_cold else 0
-        added = Launches([add(DOWN_SPLITS if n else 0, other)], [add(1 if n else 0, other)])
-        return rows, added, Launches([], [add(1, 0)])
+        def add(n_parts: int) -> Launch:
+            return _launch(
+                "add_parts",
+                lambda n: (_parts(c.n_embd, 256), n),
+                **{name: at[name] for name in ("counts", "x")},
+                parts=at["down_parts"],
+                n_parts=n_parts,
+                part_stride=c.n_embd,
+                bias=bias,
+                other=other,
+                n=c.n_embd,
+            )
+
+        return Launches([add(one)] if one or bias or other else [], [add(many)])
 
     def _passes(self, w: Window) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield suffixes and arguments of what makes act: one kernel, or one for each format."""

@@ -291,15 +291,15 @@ class CUDA:
         self._run(layer.ffn)
         if layer is self._layers[il].streamed:
             self._streaming.run(il, self._replacer.slots[il], self._n)
+        self._run(layer.ffn_add)
         if layer.has_cold:
-            self._tape.wait("cold")
-            part = functools.partial(self.cpu.ffn_part, il)
+            part = functools.partial(self.cpu.ffn_part, il, self._tape.exchange("cold"))
             if self._is_capturing:
                 self._tape.jobs(self.cpu.calls(part))
             else:
                 part()
             self._tape.resume("cold")
-        self._run(layer.ffn_add)
+            self._run(layer.add_cold)
 
     def audit(self, il: int) -> None:
         # Now and then, of one token: the CPU has all rows of the decider, and show() has been

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cpu.block import Block
 from ..cpu.pool import Call, Pool, program
 from .device import Event, Graph, Stream, wait_until
 
@@ -69,8 +70,13 @@ class Tape:
         jobs = program(calls)
         self.host(lambda: self.pool.run(jobs))
 
+    def exchange(self, name: str) -> Block | None:
+        """Return what a job has to wait for and to answer; None where the host waits for a mark."""
+        self.wait(name)
+        return None
+
     def resume(self, name: str) -> None:
-        """Let what is queued from here on find the jobs done that waited for a mark."""
+        """Let what is queued from here on find the job done that had a mark's exchange."""
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], None]:
         """Return what repeats the device's and the host's work that `run` asks for."""
