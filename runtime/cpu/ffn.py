@@ -37,7 +37,16 @@ from .matmul import (
     rows_per_task,
 )
 from .pool import finish, take, wait
-from .rows import clear_flags, fetch_rows, fill_zero, lead, pack, pack_stride, row_number
+from .rows import (
+    clear_flags,
+    fetch_rows,
+    fill_zero,
+    lead,
+    pack,
+    pack_piece,
+    pack_stride,
+    row_number,
+)
 from .simd import (
     append_numbers,
     atomic_add,
@@ -60,6 +69,7 @@ from .simd import (
 LANES = 8  # at most, of at least LANE rows
 LANE = 16
 MIN_COLUMNS = 512  # of a task: rows are cut into pieces of some lines at least
+PIECE = 1024  # columns of h that are packed in a task
 FEW = 8  # neurons of a list that are taken at a time: rows of one matrix are on their way meanwhile
 
 RELU, FATRELU, DRELU, RELU2, SILU, GELU = range(6)
@@ -281,9 +291,9 @@ def ffn(args, control, epoch, thread):
     """x [n_embd] += FFN(h); counts what was read and what fired.
 
     Phases: 0 list the predicted neurons, 1 decider and up, 2 down; 5 down in the standard layout.
-    A part of another backend's FFN has x = that. It begins with h, which that has made, packed, and
-    in an exchange with it waits before, and answers at the end; where that takes too long the job
-    is not done.
+    A part of another backend's FFN has x = that. The other has made the list and h: it is packed in
+    phase 0. In an exchange with it the job waits before, and answers at the end; where waiting
+    takes too long it is not done.
     """
     decider, exchange = args + 8 * FFN.decider, arg(args, FFN.exchange)
     n_ff, n_embd = arg(decider, MATRIX.rows), arg(decider, MATRIX.cols)
@@ -292,19 +302,18 @@ def ffn(args, control, epoch, thread):
     scratch = arg(args, FFN.scratch) + thread * arg(args, FFN.scratch_bytes)
     n_threads = arg(args, FFN.n_threads)
 
-    n_tasks = 2 if is_part else 1 if has_mask else 0
+    n_tasks = (n_embd + PIECE - 1) // PIECE if is_part else 1 if has_mask else 0
     while True:
         task = take(control, 0, epoch, n_tasks)
         if task < 0:
             break
         if task == 0:
             clear_flags(arg(args, FFN.fired), n_ff)
-        if exchange == 0 or has_come(exchange):
-            if task == 0:
-                n_rows = list_rows(arg(args, FFN.mask), n_ff, rows)
-                store_i32(n_rows_at, np.int32(n_rows))
-            elif n_embd % 32 == 0:
-                pack(arg(args, FFN.h), n_embd, arg(args, FFN.packs), arg(args, FFN.ones))
+        if not is_part:
+            store_i32(n_rows_at, np.int32(list_rows(arg(args, FFN.mask), n_ff, rows)))
+        elif (exchange == 0 or has_come(exchange)) and n_embd % 32 == 0:
+            h, packs, first = arg(args, FFN.h), arg(args, FFN.packs), task * PIECE
+            pack_piece(h, n_embd, packs, arg(args, FFN.ones), first, first + PIECE)
         finish(control, 0)
     if not wait(control, 0, epoch, n_tasks) or (exchange != 0 and is_late(exchange)):
         return

@@ -108,15 +108,16 @@ pack_bytes = pack_stride.py_func
 
 
 @function
-def pack(x, n, out, ones):
-    """Round float32 x [n] (n a multiple of 32) into its planes at `out`.
+def pack_piece(x, n, out, ones, first, end):
+    """Round x [first : end] of a float32 x [n] into its planes at `out`.
 
-    `ones`: address of 64 bytes of 1. Reads 4 n bytes, writes 5.1 n.
+    n is a multiple of 32, first and end are of 512; end may be beyond n. `ones`: address of 64
+    bytes of 1. Reads 4 bytes a number, writes 5.1.
     """
     n_pad, q8, bias8, q4, bias4, blocks = planes(n)
     q8, bias8, q4, bias4, blocks = out + q8, out + bias8, out + q4, out + bias4, out + blocks
-    zero = splat(np.float32(0))
-    for block in range(n_pad // 32):
+    zero, end = splat(np.float32(0)), min(end, n_pad)
+    for block in range(first // 32, end // 32):
         low, high, scale = zero, zero, np.float32(0)
         if block * 32 < n:
             low, high = load_f32x16(x + 128 * block), load_f32x16(x + 128 * block + 64)
@@ -137,14 +138,20 @@ def pack(x, n, out, ones):
         store_i8x16(group + 64, high)
     one = load_i8x64(ones)
     nothing = scale_i32(load_i32x16(ones), 0)
-    for i in range(n_pad // 64):
+    for i in range(first // 64, end // 64):
         sums = dot_nibbles(nothing, one, load_i8x64(q8 + 64 * i))
         store_i32x16(bias8 + 64 * i, scale_i32(sums, -32))
         store_sums(scale_i32(sums, -8), blocks + 2 * BLOCK * i + 36, BLOCK)
-    for i in range(n_pad // 128):
+    for i in range(first // 128, end // 128):
         sums = dot_nibbles(nothing, one, load_i8x64(q4 + 128 * i))
         sums = dot_nibbles(sums, one, load_i8x64(q4 + 128 * i + 64))
         store_i32x16(bias4 + 64 * i, scale_i32(sums, -8))
+
+
+@function
+def pack(x, n, out, ones):
+    """Round float32 x [n] into its planes at `out`, see pack_piece."""
+    pack_piece(x, n, out, ones, 0, planes(n)[0])
 
 
 @inline
