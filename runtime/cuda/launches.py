@@ -390,14 +390,13 @@ class Builder:
         return _always(
             _launch(
                 "compact",
-                lambda n: (n,),
+                lambda n: (_parts(c.n_ff, 512), n),
                 scores=at["scores"] if self._plan.mode == "predicted" else 0,
                 **{name: at[name] for name in ("thresholds", "rows", "mask", "list", "fired")},
                 n_tok=at["counts"],
                 slot=slot,
                 n_list=at["listed"],
                 cold=at["host_mask"] if has_cold else 0,
-                n_cold=0,
                 counters=counters,
                 heat=heat,
                 n_ff=c.n_ff,
