@@ -32,7 +32,6 @@ class Run:
         self.slot = sim.array(ffn.slot, "slot")
         self.list = sim.empty((n_tok, n_ff), np.int32, "list")
         self.n_list = sim.empty(n_tok, np.int32, "n_list")
-        self.n_cold = sim.empty(n_tok, np.int32, "n_cold")
         self.mask, self.cold, self.fired = (
             sim.empty((n_tok, n_ff), np.uint8, name) for name in ("mask", "cold", "fired")
         )
@@ -61,12 +60,12 @@ class Run:
             "rows": self.sim.array(rows, "rows"),
             "n_tok": self.sim.array(np.array([n_tok], np.int32), "n_tok"),
             **{name: getattr(self, name) for name in ("slot", "mask", "list", "n_list", "heat")},
-            **{name: getattr(self, name) for name in ("cold", "n_cold", "fired", "counters")},
+            **{name: getattr(self, name) for name in ("cold", "fired", "counters")},
             "n_ff": n_ff,
             "n_layer": N_LAYER,
             "il": IL,
         }
-        self.launch("compact", n_tok + room, **{**fields, **changed})
+        self.launch("compact", (-(-n_ff // 512), n_tok + room), **{**fields, **changed})
 
     def rows(self):
         passes = self.ffn.matrices(self.sim)
@@ -98,7 +97,7 @@ class Run:
         return self
 
     def results(self):
-        names = ("mask", "list", "n_list", "cold", "n_cold", "fired", "act", "parts")
+        names = ("mask", "list", "n_list", "cold", "fired", "act", "parts")
         names += ("counters", "heat")
         return {name: getattr(self, name).numpy() for name in names}
 
@@ -122,7 +121,6 @@ class Run:
         ffn, got = self.ffn, self.results()
         np.testing.assert_array_equal(got["mask"], ffn.mask)
         np.testing.assert_array_equal(got["cold"], ffn.mask & ~ffn.is_resident)
-        np.testing.assert_array_equal(got["n_cold"], got["cold"].sum(axis=1))
         for t, mine in enumerate(ffn.resident_mask):
             listed = np.flatnonzero(mine)
             assert got["n_list"][t] == len(listed)
@@ -132,7 +130,7 @@ class Run:
         np.testing.assert_array_equal(got["heat"].view(np.uint32) - np.uint32(HEAT), in_blocks)
 
 
-@pytest.mark.parametrize("n_ff", [1, 63, 64, 200, 1024, 1500, 5000])
+@pytest.mark.parametrize("n_ff", [1, 63, 64, 200, 1024, 1500, 5000, 17000])
 @pytest.mark.parametrize("share", [0, 0.02, 0.5, 1])
 def test_compact(n_ff, share):
     run = Run(simulator(), FFN("f32", n_ff=n_ff, share=share, seed=1))
@@ -147,12 +145,11 @@ def test_compact_takes_all_where_nothing_predicts():
     ffn = FFN(share=1, slots="all")
     assert ffn.mask.all()
     run = Run(simulator(), ffn)
-    run.compact(scores=None, thresholds=None, cold=None, n_cold=None, counters=None, heat=None)
+    run.compact(scores=None, thresholds=None, cold=None, counters=None, heat=None)
     got = run.results()
     assert got["mask"].all() and (got["n_list"] == ffn.n_ff).all() and not got["counters"].any()
     assert (got["list"] == np.arange(ffn.n_ff)).all()
-    assert (got["cold"] == 0xFF).all() and (got["n_cold"] == -1).all()
-    assert (got["heat"] == HEAT).all()
+    assert (got["cold"] == 0xFF).all() and (got["heat"] == HEAT).all()
 
 
 def test_compact_predicts_nothing_of_nan():
@@ -235,23 +232,25 @@ def test_check_finds_nothing(suffix):
 
 FAULTS = {
     # text, what it becomes, the kind of fault that the check finds
-    "a token too many": ("if (t >= *p.n_tok) return;", "", "out of bounds"),
-    "a neuron too many": ("min(first + run, p.n_ff)", "first + run", "race"),
+    "a token too many": ("if ((t >= n_tok) | (table_row < 0)) return;", "", "out of bounds"),
+    "a neuron too many": ("n < p.n_ff ? score", "true ? score", "out of bounds"),
+    "a neuron too many is said": (
+        "if (n < p.n_ff) {\n        if (p.cold)",
+        "{\n        if (p.cold)",
+        "race",
+    ),
     "counts read before all are there": (
-        "left_out[warp_id()] = n_cold;\n    }\n    __syncthreads();",
-        "left_out[warp_id()] = n_cold;\n    }",
+        "p.heat + n / NEURON_BLOCK, n_predicted);\n    }\n    __syncthreads();",
+        "p.heat + n / NEURON_BLOCK, n_predicted);\n    }",
         "uninitialised read",
     ),
     "places of other warps": (
-        "lane_id() < warp_id() ? listed",
-        "lane_id() + 1 < warp_id() ? listed",
+        "lane_id() < warp_id()) place",
+        "lane_id() + 1 < warp_id()) place",
         "race",
     ),
-    "a neuron of the CPU's": (
-        "is_predicted(n) && is_resident(n)",
-        "is_predicted(n)",
-        "race",
-    ),
+    "places of other blocks": ("resident >> k & 1", "false", "race"),
+    "a neuron of the CPU's": ("predicted && my_slot >= 0", "predicted", "out of bounds"),
     "a neuron beyond the list": ("i < n_list; i +=", "i <= n_list; i +=", "uninitialised read"),
     "every lane writes": (
         "if (lane_id() == 0) {\n            p.act",
@@ -264,8 +263,8 @@ FAULTS = {
         "race",
     ),
     "heat without an atomic": (
-        "atomicAdd(p.heat + from / NEURON_BLOCK, n_hot + n_not)",
-        "((unsigned*)p.heat)[from / NEURON_BLOCK] += n_hot + n_not",
+        "atomicAdd(p.heat + n / NEURON_BLOCK, n_predicted)",
+        "((unsigned*)p.heat)[n / NEURON_BLOCK] += n_predicted",
         "race",
     ),
     "warps' sums read before all are there": (
@@ -287,16 +286,19 @@ def test_check_finds_planted_faults(name):
     text, becomes, kind = FAULTS[name]
     sim = load("ffn.cu", check=True, replace={text: becomes, **only("q4_0", "FFN")})
     with pytest.raises(SimError) as error:
-        Run(sim, FFN("q4_0", "drelu", n_ff=200, n_tok=2)).all()
+        Run(sim, FFN("q4_0", "drelu", n_ff=1100, n_tok=2)).all()
     assert error.value.kind == kind
 
 
 WRONG = {
     # Faults that break no rule: only a comparison finds them.
-    "more than the threshold": ("p.scores[row + n] >= threshold", "p.scores[row + n] > threshold"),
+    "more than the threshold": ("= mine >= threshold", "= mine > threshold"),
     "the threshold of another layer": ("p.n_layer + p.il]", "p.n_layer + p.il - 1]"),
-    "cold without the mask": ("predicted && !resident;\n", "!resident;\n"),
-    "heat of the resident alone": ("NEURON_BLOCK, n_hot + n_not)", "NEURON_BLOCK, n_hot)"),
+    "cold without the mask": ("predicted && !listed;", "!listed;"),
+    "heat of the resident alone": ("NEURON_BLOCK, n_predicted)", "NEURON_BLOCK, __popc(all))"),
+    "more than the threshold before": ("theirs[k] >= threshold", "theirs[k] > threshold"),
+    "the block just before": ("b < block &&", "b < block - 1 &&"),
+    "slots of other warps": ("COMPACT_THREADS + warp_id() * WARP)", "COMPACT_THREADS)"),
     "fired is not cleared": ("p.fired[row + n] = 0;", "p.fired[row + n] = 1;"),
     "the wrong slot": (
         "slot[n / NEURON_BLOCK] * NEURON_BLOCK + n % NEURON_BLOCK",
@@ -329,9 +331,19 @@ WRONG = {
 def test_comparison_finds_planted_faults(name):
     text, becomes = WRONG[name]
     sim = load("ffn.cu", replace={text: becomes, **only("q4_0", "FFN")})
-    ffn = FFN("q4_0", "drelu", n_ff=700, n_tok=2)
+    ffn = FFN("q4_0", "drelu", n_ff=2500, n_tok=2)
     with pytest.raises(AssertionError):
         Run(sim, ffn).check()
+
+
+def test_comparison_finds_blocks_before_that_are_left_out():
+    """Beyond the 32 that are looked at together."""
+    text, becomes = "resident = which_are_resident(from += WARP)", "from += block"
+    sim = load("ffn.cu", replace={text: becomes, **only("q4_0", "FFN")})
+    run = Run(sim, FFN("f32", n_ff=17000))
+    run.compact()
+    with pytest.raises(AssertionError):
+        run.check_lists()
 
 
 ACTIVATION_FAULTS = {

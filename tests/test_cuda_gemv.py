@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cuda_case import launch
+from cuda_case import launch, packed
 from cuda_operands import FORMATS, NO_TF32, Inputs, Weights, close_enough, only, pack, product
 from cusim.sim import SimError, load, unavailable
 
@@ -159,6 +159,89 @@ def test_check_finds_nothing(kind, suffix):
     cols = COLS[suffix][0] if suffix in ("f16", "f32") else COLS[suffix][1]
     case = Product(simulator(kind, check=True), kind, suffix, 67, cols, 3, ADD, True)
     close_enough(case.run(), case.expected)
+
+
+class PackedProduct(Product):
+    """The same of one kernel that packs y, too: `run` returns y and what is packed."""
+
+    def __init__(self, sim, suffix, rows, cols, n_tok, op=STORE_RELU, has_bias=True):
+        super().__init__(sim, "gemv", suffix, rows, cols, n_tok, op, has_bias)
+        self.kernel, self.grid, self.rows = f"gemv_packed_{suffix}", (rows // 32, n_tok), rows
+
+    def run(self, order_seed=None):
+        y, room = self.sim.array(self.before, "y"), packed(self.sim, self.n_tok, self.rows)
+        product = {**self.fields, "y": y}
+        launch(self.sim, self.kernel, self.grid, order_seed, product=product, packed=room)
+        return y.numpy(), [part.numpy() for part in room]
+
+    def check(self, order_seed=None):
+        """`packed` is the y that there is, rounded, to the bit."""
+        y, parts = self.run(order_seed)
+        close_enough(y, self.expected)
+        for ours, theirs in zip(parts, pack(y[:, : self.rows]), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        return y
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_packed_products(suffix):
+    """y is that of the other kernel to the bit, for whatever order of blocks and threads."""
+    for cols, (rows, n_tok) in zip(COLS[suffix], ((32, 1), (96, 3), (1024, 1)), strict=False):
+        case = PackedProduct(simulator("gemv"), suffix, rows, cols, n_tok)
+        plain = Product(simulator("gemv"), "gemv", suffix, rows, cols, n_tok, STORE_RELU, True)
+        for seed in (None, 1):
+            assert np.array_equal(case.check(seed), plain.run())
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_check_finds_nothing_where_it_is_packed(suffix):
+    PackedProduct(simulator("gemv", check=True), suffix, 64, COLS[suffix][1], 2, ADD).check()
+
+
+PACKED_FAULTS = {
+    "results read before all are there": (
+        "= result;\n    __syncthreads();",
+        "= result;",
+        "uninitialised read",
+    ),
+    "every lane has a result": ("if (lane_id() < GEMV_ROWS) results", "results", "race"),
+    "every warp packs": ("if (warp_id() > 0) return;", "", "race"),
+    "rows that are another block's": (
+        "(THREADS / WARP) + warp_id()) * GEMV_ROWS",
+        "(THREADS / WARP) + warp_id() * 2) * GEMV_ROWS",
+        "race",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PACKED_FAULTS)
+def test_check_finds_planted_faults_where_it_is_packed(name):
+    text, becomes, fault = PACKED_FAULTS[name]
+    sim = load("gemv.cu", check=True, replace={text: becomes, **only("q4_0", "GEMV")})
+    with pytest.raises(SimError) as error:
+        PackedProduct(sim, "q4_0", 96, 96, 2).run()
+    assert error.value.kind == fault
+
+
+PACKED_WRONG = {
+    "the rows of a warp the other way round": (
+        "GEMV_ROWS + lane_id()]",
+        "GEMV_ROWS + 1 - lane_id()]",
+    ),
+    "packed before its relu": (
+        "if (p.op == STORE_RELU && sum < 0) sum = 0;\n    if (is_mine) *y = sum;",
+        "if (is_mine) *y = p.op == STORE_RELU && sum < 0 ? 0 : sum;",
+    ),
+    "blocks of the first token": ("(long long)blockIdx.y * gridDim.x + blockIdx.x", "blockIdx.x"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED_WRONG)
+def test_comparison_finds_planted_faults_where_it_is_packed(name):
+    text, becomes = PACKED_WRONG[name]
+    sim = load("gemv.cu", replace={text: becomes, **only("q4_0", "GEMV")})
+    with pytest.raises(AssertionError):
+        PackedProduct(sim, "q4_0", 96, 96, 2).check()
 
 
 FAULTS = {

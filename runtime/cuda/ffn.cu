@@ -13,7 +13,6 @@ struct compact_args {
     int* list;                // [n_tok][n_ff]: the resident ones of them, ascending
     int* n_list;              // [n_tok]
     unsigned char* cold;      // [n_tok][n_ff]: predicted and not resident; null: not wanted
-    int* n_cold;              // [n_tok], or null
     unsigned char* fired;     // [n_tok][n_ff], cleared for ffn_rows
     long long* counters;      // [4]: tokens, and rows of the decider on this device
     int* heat;                // [ceil(n_ff / 64)]: predicted neurons of a block; null: not wanted
@@ -24,74 +23,77 @@ struct compact_args {
 
 // mask[t][n] = scores[t][n] >= thresholds[rows[t]][il]
 // list[t] = the n with mask[t][n] and slot[n / 64] >= 0; heat, which may wrap, += mask
-// Bytes a token: n_ff * (4 + 3), and 4 a listed neuron.
+// Bytes a token: n_ff * (4 + 3), and 4 a listed neuron; block b reads 2048 * b more, of the caches.
 //
-// Each warp has an equal run of the neurons. It counts, learns how many the warps before it have
-// (a prefix sum), and then writes its own in order.
+// A thread has one neuron. How many the blocks before its own have listed, every block counts again
+// by itself: to wait for another would take longer than to read what that reads. The time is that
+// of two loads that wait for each other, rows and thresholds, slots and scores; all others are made
+// meanwhile. Larger blocks would have less to count again, but more warps that take turns.
 //
-// launch: grid (n_tok), block 1024
-constexpr int COMPACT_THREADS = 1024, COMPACT_WARPS = COMPACT_THREADS / WARP;
+// launch: grid (ceil(n_ff / 512), n_tok), block 512
+constexpr int COMPACT_THREADS = 512, COMPACT_WARPS = COMPACT_THREADS / WARP;
 
-extern "C" __global__ void __launch_bounds__(1024, 1) compact(const compact_args p) {
-    __shared__ int listed[COMPACT_WARPS], left_out[COMPACT_WARPS];
-    after_predecessors();
-    const int t = blockIdx.x;
-    if (t >= *p.n_tok) return;
-    const int run = (p.n_ff + COMPACT_THREADS - 1) / COMPACT_THREADS * WARP;
-    const int first = min(warp_id() * run, p.n_ff), end = min(first + run, p.n_ff);
+extern "C" __global__ void __launch_bounds__(512) compact(const compact_args p) {
+    __shared__ int before[COMPACT_WARPS], own[COMPACT_WARPS];  // listed neurons that a warp counts
+    const int t = blockIdx.y, block = blockIdx.x, n = block * COMPACT_THREADS + threadIdx.x;
     const long long row = (long long)t * p.n_ff;
-    const float threshold =
-        p.scores ? p.thresholds[(long long)p.rows[t] * p.n_layer + p.il] : 0;
-    // Asked twice, the second time of the L1 cache: that keeps reads, but not what was written.
-    const auto is_predicted = [&](int n) {
-        return n < end && (!p.scores || p.scores[row + n] >= threshold);
+    const auto score = [&](int b) {  // of this thread's neuron of block b; 0 where nothing predicts
+        return p.scores ? p.scores[row + b * COMPACT_THREADS + threadIdx.x] : 0;
     };
-    const auto is_resident = [&](int n) { return n < end && p.slot[n / NEURON_BLOCK] >= 0; };
+    // A warp's neurons of a block are half a block of neurons: all resident, or none.
+    const auto slot = [&](int b) {
+        return p.slot[(b * COMPACT_THREADS + warp_id() * WARP) / NEURON_BLOCK];
+    };
+    const auto which_are_resident = [&](int from) {  // bit k: those of block from + k before this
+        const int b = from + lane_id();
+        return __ballot_sync(ALL_LANES, b < block && slot(b) >= 0);
+    };
+    const float never = __int_as_float(0x7fffffff);  // NaN: reaches no threshold
+    after_predecessors();
+    // No row is negative: as in find_token, its load does not wait for the number of tokens.
+    const int n_tok = *p.n_tok, table_row = p.rows[t];
+    unsigned resident = which_are_resident(0);
+    if ((t >= n_tok) | (table_row < 0)) return;
+    const float threshold =
+        p.scores ? p.thresholds[(long long)table_row * p.n_layer + p.il] : 0;
+    const float mine = n < p.n_ff ? score(block) : never;
+    const int my_slot = n < p.n_ff ? slot(block) : -1;
+    int n_before = 0;
+    for (int from = 0; from < block; resident = which_are_resident(from += WARP)) {
+        float theirs[WARP];
+#pragma unroll
+        for (int k = 0; k < WARP; k++) theirs[k] = resident >> k & 1 ? score(from + k) : never;
+#pragma unroll
+        for (int k = 0; k < WARP; k++) n_before += theirs[k] >= threshold;
+    }
+    n_before = warp_sum(n_before);
 
-    int n_list = 0, n_cold = 0;
-#pragma unroll 4
-    for (int from = first; from < end; from += WARP) {
-        const int n = from + lane_id();
-        const bool predicted = is_predicted(n), resident = is_resident(n);
-        if (n < end) {
-            p.mask[row + n] = predicted;
-            p.fired[row + n] = 0;
-            if (p.cold) p.cold[row + n] = predicted && !resident;
-        }
-        const int n_hot = __popc(__ballot_sync(ALL_LANES, predicted && resident));
-        const int n_not = __popc(__ballot_sync(ALL_LANES, predicted && !resident));
-        n_list += n_hot;
-        n_cold += n_not;
-        // 32 neurons are of one block, all resident or none.
-        if (p.heat && lane_id() == 0 && n_hot + n_not) {
-            atomicAdd(p.heat + from / NEURON_BLOCK, n_hot + n_not);
-        }
+    const bool predicted = mine >= threshold, listed = predicted && my_slot >= 0;
+    const unsigned all = __ballot_sync(ALL_LANES, listed);
+    const int n_predicted = __popc(__ballot_sync(ALL_LANES, predicted));
+    if (n < p.n_ff) {
+        if (p.cold) p.cold[row + n] = predicted && !listed;
+        p.mask[row + n] = predicted;
+        p.fired[row + n] = 0;
     }
     if (lane_id() == 0) {
-        listed[warp_id()] = n_list;
-        left_out[warp_id()] = n_cold;
+        before[warp_id()] = n_before;
+        own[warp_id()] = __popc(all);
+        if (p.heat && n_predicted) atomicAdd(p.heat + n / NEURON_BLOCK, n_predicted);
     }
     __syncthreads();
 
-    int place = warp_sum(lane_id() < warp_id() ? listed[lane_id()] : 0);
-#pragma unroll 4
-    for (int from = first; from < end; from += WARP) {
-        const int n = from + lane_id();
-        const bool mine = is_predicted(n) && is_resident(n);
-        const unsigned all = __ballot_sync(ALL_LANES, mine);
-        const unsigned lanes_before = (1u << lane_id()) - 1;
-        if (mine) p.list[row + place + __popc(all & lanes_before)] = n;
-        place += __popc(all);
-    }
-    if (warp_id() == 0) {
-        n_list = warp_sum(listed[lane_id()]);
-        n_cold = warp_sum(left_out[lane_id()]);
-        if (lane_id() == 0) {
-            p.n_list[t] = n_list;
-            if (p.n_cold) p.n_cold[t] = n_cold;
-            count(p.counters, TOKENS, 1);
-            count(p.counters, DECIDER_ROWS, n_list);
-        }
+    int place = lane_id() < COMPACT_WARPS ? before[lane_id()] : 0;
+    if (lane_id() < warp_id()) place += own[lane_id()];
+    place = warp_sum(place);
+    const unsigned lanes_before = (1u << lane_id()) - 1;
+    if (listed) p.list[row + place + __popc(all & lanes_before)] = n;
+    const bool is_last = blockIdx.x == gridDim.x - 1 && warp_id() == COMPACT_WARPS - 1;
+    if (is_last && lane_id() == 0) {
+        const int n_list = place + __popc(all);
+        p.n_list[t] = n_list;
+        count(p.counters, TOKENS, 1);
+        count(p.counters, DECIDER_ROWS, n_list);
     }
 }
 

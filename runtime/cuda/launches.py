@@ -233,10 +233,12 @@ class Builder:
         *biases: Tensor | None,
         y_stride: int | None = None,
         of_outputs: bool = False,
+        packed: tuple[int, int, int] | None = None,
     ) -> Launches:
         """y (op) x @ w^T + biases, one behind the other.
 
         `y_stride`: floats from one row of y to the next, if those have more than these rows of w.
+        `packed`: where y goes, rounded, too; of one token only.
         """
         values = {
             "w": w,
@@ -253,9 +255,12 @@ class Builder:
             n_tok=self._counts(of_outputs),
             **values,
         )
-        return Launches(
-            [_launch(f"gemv_{w.suffix}", lambda n: (_parts(w.rows, 8), n), **values)], [many]
-        )
+        if packed is None:
+            one = _launch(f"gemv_{w.suffix}", lambda n: (_parts(w.rows, 8), n), **values)
+        else:
+            kernel, grid = f"gemv_packed_{w.suffix}", lambda n: (w.rows // 32, n)
+            one = _launch(kernel, grid, product=values, packed=packed)
+        return Launches([one], [many])
 
     def _counts(self, of_outputs: bool) -> int:
         """Return where the number of tokens is: of all, or of those that logits are wanted of."""
@@ -382,8 +387,10 @@ class Builder:
         if c.predictor_input == "residual":
             x = self._input("x")
             before = self._packed(x, c.n_embd, layer.fc1)
-        first = self._product(fc1, x, hidden.x, STORE_RELU)
-        between = self._packed(hidden, fc1.rows, layer.fc2)
+        is_rounded = device_type(layer.fc2.type) in INTEGER_DOT
+        packed = hidden.packed if is_rounded else None
+        first = self._product(fc1, x, hidden.x, STORE_RELU, packed=packed)
+        between = Launches([], self._packed(hidden, fc1.rows, layer.fc2).many)
         last = self._product(fc2, hidden, at["scores"], STORE, layer.fc2_bias)
         return before + first + between + last
 
@@ -392,14 +399,13 @@ class Builder:
         return _always(
             _launch(
                 "compact",
-                lambda n: (n,),
+                lambda n: (_parts(c.n_ff, 512), n),
                 scores=at["scores"] if self._plan.mode == "predicted" else 0,
                 **{name: at[name] for name in ("thresholds", "rows", "mask", "list", "fired")},
                 n_tok=at["counts"],
                 slot=slot,
                 n_list=at["listed"],
                 cold=at["host_mask"] if has_cold else 0,
-                n_cold=0,
                 counters=counters,
                 heat=heat,
                 n_ff=c.n_ff,
