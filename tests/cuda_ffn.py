@@ -53,7 +53,7 @@ class FFN:
         self.slot = np.full(n_blocks, -1, np.int32)
         n_slots = n_blocks + 2 if slots == "some" else n_blocks
         if slots == "some":
-            own = rng.permutation(n_blocks)[: max(n_blocks - 1, 1)]
+            own = rng.permutation(n_blocks)[: max(n_blocks - max(n_blocks // 4, 1), 1)]
             self.slot[own] = rng.permutation(n_slots)[: len(own)]
         elif slots == "all":
             self.slot[:] = np.arange(n_blocks)

@@ -32,6 +32,8 @@ class Run:
         self.slot = sim.array(ffn.slot, "slot")
         self.list = sim.empty((n_tok, n_ff), np.int32, "list")
         self.n_list = sim.empty(n_tok, np.int32, "n_list")
+        self.cold_list = sim.empty((n_tok, n_ff), np.int32, "cold_list")
+        self.n_cold = sim.empty(n_tok, np.int32, "n_cold")
         self.mask, self.cold, self.fired = (
             sim.empty((n_tok, n_ff), np.uint8, name) for name in ("mask", "cold", "fired")
         )
@@ -60,7 +62,8 @@ class Run:
             "rows": self.sim.array(rows, "rows"),
             "n_tok": self.sim.array(np.array([n_tok], np.int32), "n_tok"),
             **{name: getattr(self, name) for name in ("slot", "mask", "list", "n_list", "heat")},
-            **{name: getattr(self, name) for name in ("cold", "fired", "counters")},
+            **{name: getattr(self, name) for name in ("cold", "cold_list", "n_cold")},
+            **{name: getattr(self, name) for name in ("fired", "counters")},
             "n_ff": n_ff,
             "n_layer": N_LAYER,
             "il": IL,
@@ -98,7 +101,7 @@ class Run:
 
     def results(self):
         names = ("mask", "list", "n_list", "cold", "fired", "act", "parts")
-        names += ("counters", "heat")
+        names += ("counters", "heat", "cold_list", "n_cold")
         return {name: getattr(self, name).numpy() for name in names}
 
     def check(self):
@@ -121,11 +124,16 @@ class Run:
         ffn, got = self.ffn, self.results()
         np.testing.assert_array_equal(got["mask"], ffn.mask)
         np.testing.assert_array_equal(got["cold"], ffn.mask & ~ffn.is_resident)
-        for t, mine in enumerate(ffn.resident_mask):
-            listed = np.flatnonzero(mine)
-            assert got["n_list"][t] == len(listed)
-            np.testing.assert_array_equal(got["list"][t, : len(listed)], listed)
-            assert (got["list"][t, len(listed) :] == -1).all()  # not written
+        cold = ffn.mask & ~ffn.is_resident
+        for masks, name, n in (
+            (ffn.resident_mask, "list", "n_list"),
+            (cold, "cold_list", "n_cold"),
+        ):
+            for t, mine in enumerate(masks):
+                listed = np.flatnonzero(mine)
+                assert got[n][t] == len(listed)
+                np.testing.assert_array_equal(got[name][t, : len(listed)], listed)
+                assert (got[name][t, len(listed) :] == -1).all()  # not written
         in_blocks = np.add.reduceat(ffn.mask.sum(axis=0), np.arange(0, ffn.n_ff, BLOCK))
         np.testing.assert_array_equal(got["heat"].view(np.uint32) - np.uint32(HEAT), in_blocks)
 
@@ -145,7 +153,8 @@ def test_compact_takes_all_where_nothing_predicts():
     ffn = FFN(share=1, slots="all")
     assert ffn.mask.all()
     run = Run(simulator(), ffn)
-    run.compact(scores=None, thresholds=None, cold=None, counters=None, heat=None)
+    unwanted = ("scores", "thresholds", "cold", "cold_list", "n_cold", "counters", "heat")
+    run.compact(**dict.fromkeys(unwanted))
     got = run.results()
     assert got["mask"].all() and (got["n_list"] == ffn.n_ff).all() and not got["counters"].any()
     assert (got["list"] == np.arange(ffn.n_ff)).all()
@@ -249,7 +258,8 @@ FAULTS = {
         "lane_id() + 1 < warp_id()) place",
         "race",
     ),
-    "places of other blocks": ("resident >> k & 1", "false", "race"),
+    "places of other blocks": ("n_hot += predicted && is_there", "n_hot += false", "race"),
+    "places of other cold ones": ("n_not += predicted && !is_there", "n_not += false", "race"),
     "a neuron of the CPU's": ("predicted && my_slot >= 0", "predicted", "out of bounds"),
     "a neuron beyond the list": ("i < n_list; i +=", "i <= n_list; i +=", "uninitialised read"),
     "every lane writes": (

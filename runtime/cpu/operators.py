@@ -371,16 +371,21 @@ class CPU:
     def finish(self) -> None:
         """See show()."""
 
-    def be_part(self, layers: Sequence[int], out: np.ndarray) -> None:
-        """Let ffn_part(il) set `out` [n_tok, n_embd] to what the neurons in mask give, no bias.
+    def be_part(
+        self, layers: Sequence[int], rows: np.ndarray, n_rows: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Let ffn_part(il) set `out` [n_tok, n_embd] to what some of the neurons give, no bias.
 
-        For another backend that has the others of these layers: it makes buffers.h and mask.
+        For another backend that has the others of these layers. It makes buffers.h, and what is
+        to be computed: of one token rows, int32 [n_ff + SLACK], and n_rows, int32 [2], whose first
+        number says how many; of several buffers.mask.
         """
         n_embd = out.shape[1]
         self._clear_part = build(linear.CLEAR, counts=self.plan.step.counts, x=out, n=n_embd)
         for il in layers:
             block = self._ffn[il]
-            block[ffn.FFN.x] = address(out)
+            for name, array in (("rows", rows), ("n_rows", n_rows), ("x", out)):
+                block[getattr(ffn.FFN, name)] = address(array)
             block[ffn.FFN.is_part] = block[ffn.FFN.has_mask] = 1
             block[ffn.FFN.is_dense] = 0
             block[ffn.FFN.down_bias] = block[ffn.FFN.down + MATRIX.bias] = 0

@@ -13,6 +13,8 @@ struct compact_args {
     int* list;                // [n_tok][n_ff]: the resident ones of them, ascending
     int* n_list;              // [n_tok]
     unsigned char* cold;      // [n_tok][n_ff]: predicted and not resident; null: not wanted
+    int* cold_list;           // [n_tok][n_ff]: the same, listed; null: not wanted
+    int* n_cold;              // [n_tok], with cold_list
     unsigned char* fired;     // [n_tok][n_ff], cleared for ffn_rows
     long long* counters;      // [4]: tokens, and rows of the decider on this device
     int* heat;                // [ceil(n_ff / 64)]: predicted neurons of a block; null: not wanted
@@ -34,7 +36,8 @@ struct compact_args {
 constexpr int COMPACT_THREADS = 512, COMPACT_WARPS = COMPACT_THREADS / WARP;
 
 extern "C" __global__ void __launch_bounds__(512) compact(const compact_args p) {
-    __shared__ int before[COMPACT_WARPS], own[COMPACT_WARPS];  // listed neurons that a warp counts
+    // Neurons that a warp counts: resident ones, and cold ones where they are listed.
+    __shared__ int before[2][COMPACT_WARPS], own[2][COMPACT_WARPS];
     const int t = blockIdx.y, block = blockIdx.x, n = block * COMPACT_THREADS + threadIdx.x;
     const long long row = (long long)t * p.n_ff;
     const auto score = [&](int b) {  // of this thread's neuron of block b; 0 where nothing predicts
@@ -58,40 +61,54 @@ extern "C" __global__ void __launch_bounds__(512) compact(const compact_args p) 
         p.scores ? p.thresholds[(long long)table_row * p.n_layer + p.il] : 0;
     const float mine = n < p.n_ff ? score(block) : never;
     const int my_slot = n < p.n_ff ? slot(block) : -1;
-    int n_before = 0;
+    int n_hot = 0, n_not = 0;  // before this block
     for (int from = 0; from < block; resident = which_are_resident(from += WARP)) {
         float theirs[WARP];
 #pragma unroll
-        for (int k = 0; k < WARP; k++) theirs[k] = resident >> k & 1 ? score(from + k) : never;
+        for (int k = 0; k < WARP; k++) {
+            const bool is_wanted = p.cold_list ? from + k < block : resident >> k & 1;
+            theirs[k] = is_wanted ? score(from + k) : never;
+        }
 #pragma unroll
-        for (int k = 0; k < WARP; k++) n_before += theirs[k] >= threshold;
+        for (int k = 0; k < WARP; k++) {
+            const bool predicted = theirs[k] >= threshold, is_there = resident >> k & 1;
+            n_hot += predicted && is_there;
+            n_not += predicted && !is_there;
+        }
     }
-    n_before = warp_sum(n_before);
 
     const bool predicted = mine >= threshold, listed = predicted && my_slot >= 0;
     const unsigned all = __ballot_sync(ALL_LANES, listed);
-    const int n_predicted = __popc(__ballot_sync(ALL_LANES, predicted));
+    const unsigned others = __ballot_sync(ALL_LANES, predicted && !listed);
     if (n < p.n_ff) {
         if (p.cold) p.cold[row + n] = predicted && !listed;
         p.mask[row + n] = predicted;
         p.fired[row + n] = 0;
     }
+    n_hot = warp_sum(n_hot), n_not = warp_sum(n_not);
     if (lane_id() == 0) {
-        before[warp_id()] = n_before;
-        own[warp_id()] = __popc(all);
+        before[0][warp_id()] = n_hot, before[1][warp_id()] = n_not;
+        own[0][warp_id()] = __popc(all), own[1][warp_id()] = __popc(others);
+        const int n_predicted = __popc(all | others);
         if (p.heat && n_predicted) atomicAdd(p.heat + n / NEURON_BLOCK, n_predicted);
     }
     __syncthreads();
 
-    int place = lane_id() < COMPACT_WARPS ? before[lane_id()] : 0;
-    if (lane_id() < warp_id()) place += own[lane_id()];
-    place = warp_sum(place);
     const unsigned lanes_before = (1u << lane_id()) - 1;
-    if (listed) p.list[row + place + __popc(all & lanes_before)] = n;
+    // Writes the neurons of `these` behind all that come before; returns how many there are then.
+    const auto append = [&](int kind, unsigned these, int* list) {
+        int place = lane_id() < COMPACT_WARPS ? before[kind][lane_id()] : 0;
+        if (lane_id() < warp_id()) place += own[kind][lane_id()];
+        place = warp_sum(place);
+        if (these >> lane_id() & 1) list[row + place + __popc(these & lanes_before)] = n;
+        return place + __popc(these);
+    };
+    const int n_list = append(0, all, p.list);
+    const int n_cold = p.cold_list ? append(1, others, p.cold_list) : 0;
     const bool is_last = blockIdx.x == gridDim.x - 1 && warp_id() == COMPACT_WARPS - 1;
     if (is_last && lane_id() == 0) {
-        const int n_list = place + __popc(all);
         p.n_list[t] = n_list;
+        if (p.cold_list) p.n_cold[t] = n_cold;
         count(p.counters, TOKENS, 1);
         count(p.counters, DECIDER_ROWS, n_list);
     }

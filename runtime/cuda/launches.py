@@ -395,9 +395,11 @@ class Builder:
         return before + first + between + last
 
     def _compact(self, il: int, slot: int, has_cold: bool, counters: int, heat: int) -> Launches:
+        """mask and lists. What the CPU has to do is a list for one token, a mask for several."""
         c, at = self._plan.config, self._at
-        return _always(
-            _launch(
+
+        def compact(**cold: int) -> Launch:
+            return _launch(
                 "compact",
                 lambda n: (_parts(c.n_ff, 512), n),
                 scores=at["scores"] if self._plan.mode == "predicted" else 0,
@@ -405,14 +407,18 @@ class Builder:
                 n_tok=at["counts"],
                 slot=slot,
                 n_list=at["listed"],
-                cold=at["host_mask"] if has_cold else 0,
                 counters=counters,
                 heat=heat,
                 n_ff=c.n_ff,
                 n_layer=c.n_layer,
                 il=il,
+                **(dict.fromkeys(("cold", "cold_list", "n_cold"), 0) | cold),
             )
-        )
+
+        if not has_cold:
+            return _always(compact())
+        one = compact(cold_list=at["host_list"], n_cold=at["host_listed"])
+        return Launches([one], [compact(cold=at["host_mask"])])
 
     def _counters(self, il: int) -> int:
         return self._at["counted"] + 8 * self._plan.buffers.counts.shape[1] * il

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..backend import Plan, Residency
 from ..cpu.operators import CPU
+from ..cpu.rows import SLACK
 from ..footprint import BLOCK, workspace
 from ..formats import U8Array
 from ..plan import Placement
@@ -56,6 +57,8 @@ class CUDA:
         # What both sides touch is pinned memory, before the CPU's argument blocks point at it.
         self._host_at = plan.buffers.relocate(self._pinned)
         self._part, part_at = self._pinned(plan.buffers.x.shape, np.float32)
+        self._cold, cold_at = self._pinned((c.n_ff + SLACK,), np.int32)
+        self._n_cold, n_cold_at = self._pinned((2,), np.int32)
         self._counted, self._counted_at = self._pinned(plan.buffers.counts.shape, np.int64)
         self.cpu = CPU(plan, threads, notify)
 
@@ -77,6 +80,8 @@ class CUDA:
         # What the CPU's part needs, and what comes of it, goes straight to host memory and back.
         self._at |= {
             "host_mask": self._host_at["mask"],
+            "host_list": cold_at,
+            "host_listed": n_cold_at,
             "host_h": self._host_at["h"],
             "host_part": part_at,
         }
@@ -101,7 +106,8 @@ class CUDA:
             plan, placement, device, stream, self._slab, self._at, builder, self._layers
         )
         load.finish()
-        self.cpu.be_part([il for il, la in enumerate(self._layers) if la.has_cold], self._part)
+        parts = [il for il, layer in enumerate(self._layers) if layer.has_cold]
+        self.cpu.be_part(parts, self._cold, self._n_cold, self._part)
 
         self._is_capturing = False
         self._is_running = False  # whether there may be work that has not been waited for
