@@ -465,7 +465,7 @@ class Builder:
         }
 
         def add(n_parts: int, other: int) -> Launch:
-            grid, stride = _parts(c.n_embd, 256), c.n_embd
+            grid, stride = _parts(c.n_embd, 64), c.n_embd
             values = {"n_parts": n_parts, "part_stride": stride, "other": other, **adding}
             return _launch("add_parts", lambda n: (grid, n), **values)
 
