@@ -250,7 +250,7 @@ class AddParts(Case):
         self.bias = rng.standard_normal(n, np.float32) if has_bias else None
 
     def grid(self):
-        return -(-self.n // 256), self.n_tok + ROOM
+        return -(-self.n // 64), self.n_tok + ROOM
 
     def put(self, sim):
         x = sim.array(self.x, "x")
@@ -435,7 +435,7 @@ FAULTS = {
         "i > p.head_dim / 2",
         "race",
     ),
-    "an element too many": ("add_parts", " || i >= p.n) return;", ") return;", "out of bounds"),
+    "an element too many": ("add_parts", "if (i >= p.n) return;", "", "out of bounds"),
 }
 
 
@@ -505,13 +505,13 @@ WRONG = {
         "(int s = 0; s < p.n_parts; s++)",
         "(int s = 1; s < p.n_parts; s++)",
     ),
-    "the bias of other columns": ("add_parts", "sum += p.bias[i];", "sum += p.bias[threadIdx.x];"),
+    "the bias of other columns": ("add_parts", "? p.bias[i]", "? p.bias[threadIdx.x]"),
     "the CPU's part of another token": (
         "add_parts",
         "load_fresh(p.other + at)",
         "load_fresh(p.other + i)",
     ),
-    "a token too many": ("add_parts", "int(blockIdx.y) >= p.counts[0] || i >= p.n", "i >= p.n"),
+    "a token too many": ("add_parts", "if (is_there) p.x[at]", "p.x[at]"),
 }
 
 

@@ -260,7 +260,7 @@ FAULTS = {
     ),
     "places of other blocks": ("n_hot += predicted && is_there", "n_hot += false", "race"),
     "places of other cold ones": ("n_not += predicted && !is_there", "n_not += false", "race"),
-    "a neuron of the CPU's": ("predicted && my_slot >= 0", "predicted", "out of bounds"),
+    "a neuron of the CPU's": ("predicted && my_slot >= 0", "predicted", "race"),
     "a neuron beyond the list": ("i < n_list; i +=", "i <= n_list; i +=", "uninitialised read"),
     "every lane writes": (
         "if (lane_id() == 0) {\n            p.act",

@@ -276,16 +276,21 @@ struct add_parts_args {
 // x[t] += parts[0][t] + parts[1][t] + ... + bias + other[t], summed in this order.
 // Bytes: 4 * n * (n_parts + 3) read, 4 * n written a token.
 //
-// launch: grid (ceil(n / 256), n_tok), block 256
-extern "C" __global__ void __launch_bounds__(256) add_parts(const add_parts_args p) {
-    const int i = blockIdx.x * 256 + threadIdx.x;
-    after_predecessors();
-    if (int(blockIdx.y) >= p.counts[0] || i >= p.n) return;
+// Blocks are small, so that a row of 4096 is on 64 SMs, and a thread asks for 32 parts before it
+// adds the first; and before them for what lies in host memory, though that is added last. (Without
+// the second bound the compiler keeps to 32 registers, and asks for 10 at once.)
+//
+// launch: grid (ceil(n / 64), n_tok), block 64
+extern "C" __global__ void __launch_bounds__(64, 16) add_parts(const add_parts_args p) {
+    const int i = blockIdx.x * 64 + threadIdx.x;
+    if (i >= p.n) return;
     const long long at = (long long)blockIdx.y * p.n + i;
+    after_predecessors();
+    const bool is_there = int(blockIdx.y) < p.counts[0];
+    const float other = p.other ? load_fresh(p.other + at) : 0;
+    const float bias = p.bias ? p.bias[i] : 0, x = p.x[at];
     float sum = 0;
-#pragma unroll 8
+#pragma unroll 32
     for (int s = 0; s < p.n_parts; s++) sum += p.parts[s * p.part_stride + at];
-    if (p.bias) sum += p.bias[i];
-    if (p.other) sum += load_fresh(p.other + at);
-    p.x[at] += sum;
+    if (is_there) p.x[at] = x + (sum + bias + other);
 }
