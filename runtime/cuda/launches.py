@@ -472,7 +472,7 @@ class Builder:
         def add(n_parts: int) -> Launch:
             return _launch(
                 "add_parts",
-                lambda n: (_parts(c.n_embd, 256), n),
+                lambda n: (_parts(c.n_embd, 64), n),
                 **{name: at[name] for name in ("counts", "x")},
                 parts=at["down_parts"],
                 n_parts=n_parts,
