@@ -126,6 +126,26 @@ def test_gate_and_up_of_two_formats(types, model, tmp_path):
             same_reading(ours, cpu, ids, "q8_0")
 
 
+def test_what_makes_activations_of_one_token_packs_them(model):
+    """Of two layers only x, which these predictors read, is packed by a kernel of its own."""
+    launched = []
+    real = FakeStream.launch
+
+    def launch(stream, kernel, *rest):
+        launched.append(kernel)
+        real(stream, kernel, *rest)
+
+    with (
+        mock.patch.object(FakeStream, "launch", launch),
+        hybrid(model("gqa", "q8_0"), on_gpu(1, 2)) as llm,
+    ):
+        llm.logits(IDS[:1])
+        assert launched.count("gemv_packed_q8_0") == launched.count("pack") == 2
+        launched.clear()
+        llm.logits(IDS[:9])
+        assert launched.count("gemv_packed_q8_0") == 0 and launched.count("pack") == 6
+
+
 def test_chunks_and_neighbours_change_nothing(model):
     path, where = model("gqa", "q8_0"), on_gpu(0.5, 2)
     with hybrid(path, where, chunk=64, sequences=3) as llm:
