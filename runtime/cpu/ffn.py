@@ -27,6 +27,7 @@ from .jit import arg, function, inline, job
 from .matmul import (
     ADD,
     LIST,
+    LISTED,
     ROWS,
     add_to,
     matmul_task,
@@ -172,22 +173,24 @@ def _neurons(args, rows, first, n_rows, scratch):
     decider, up = args + 8 * FFN.decider, args + 8 * FFN.up
     h, packed, kind = arg(args, FFN.h), arg(args, FFN.packs), arg(args, FFN.activation)
     act, fired, threshold = arg(args, FFN.act), arg(args, FFN.fired), arg(args, FFN.threshold)
-    data, up_data, row_bytes = arg(decider, MATRIX.data), arg(up, MATRIX.data), 0
-    is_dense = arg(args, FFN.is_dense) != 0
-    in_turns = rows != 0 and arg(up, MATRIX.row_bytes) == arg(decider, MATRIX.row_bytes)
+    data, up_data = arg(decider, MATRIX.data), arg(up, MATRIX.data)
+    row_bytes, is_dense = arg(decider, MATRIX.row_bytes), arg(args, FFN.is_dense) != 0
+    in_turns = rows != 0 and arg(up, MATRIX.row_bytes) == row_bytes
     at_a_time, enough = (FEW, 1) if rows != 0 else (ROWS, ROWS)
-    listed, n_listed, i = scratch + LIST, 0, 0
+    listed, other, n_listed, i = scratch + LIST, scratch + LIST + 4 * LISTED, 0, 0
     if rows != 0:
-        row_bytes = arg(decider, MATRIX.row_bytes)
         fetch_rows(data, row_bytes, rows, min(n_rows, FEW), row_bytes)
     while i < n_rows or n_listed > 0:
-        count = min(at_a_time, n_rows - i)
+        count = max(min(at_a_time, n_rows - i), 0)
         start, these = rows_from(first, rows, i)
-        nexts = rows_from(start, these, count)[1]
+        i += count
+        nexts, n_fired = rows_from(start, these, count)[1], 0
         if count > 0:
             ahead = rows_ahead(decider, start, these)
             if in_turns:
-                ahead = (up_data, listed) if n_listed > 0 else (data, nexts)
+                ahead = (data, nexts) if i < n_rows else (up_data, these)
+                if n_listed > 0:
+                    ahead = (up_data, listed)
             _decide(
                 decider,
                 start,
@@ -202,19 +205,23 @@ def _neurons(args, rows, first, n_rows, scratch):
                 fired,
                 scratch,
             )
-        if n_listed >= enough or count <= 0:
-            for j in range(0, n_listed, ROWS):
-                some = listed + 4 * j
-                ahead = (data, nexts) if in_turns else rows_ahead(up, 0, some)
-                n = min(ROWS, n_listed - j)
-                _multiply(up, some, n, ahead, h, packed, kind, act, fired, scratch)
-            n_listed = 0
+        # Those that fire come behind the ones that are saved up, or into the other list.
+        to = other if n_listed >= enough else listed + 4 * n_listed
         if up_data != 0:
             for j in range(count):
                 row = start + row_number(these, j)
-                store_i32(listed + 4 * n_listed, np.int32(row))
-                n_listed += np.int64(is_dense or load_u8(fired + row) != 0)
-        i += max(count, 0)
+                store_i32(to + 4 * n_fired, np.int32(row))
+                n_fired += np.int64(is_dense or load_u8(fired + row) != 0)
+        if n_listed >= enough or count == 0:
+            for j in range(0, n_listed, ROWS):
+                some = listed + 4 * j
+                ahead = rows_ahead(up, 0, some)
+                if in_turns:
+                    ahead = (data, nexts) if i < n_rows else (up_data, other)
+                n = min(ROWS, n_listed - j)
+                _multiply(up, some, n, ahead, h, packed, kind, act, fired, scratch)
+            listed, other, n_listed = other, listed, 0
+        n_listed += n_fired
 
 
 @function

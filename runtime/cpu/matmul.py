@@ -29,11 +29,12 @@ GROUP = 32  # tokens that are multiplied with some panels before the next ones a
 _TASKS = 8  # for each thread, that a matrix is cut into
 _PANELS_BYTES = 480 << 10  # of panels at once: they stay in the second cache
 
-# A thread's scratch: the end of a row, what its rows came to, a list of rows, and from WORK on
+# A thread's scratch: the end of a row, what its rows came to, two lists of rows, and from WORK on
 # whatever a job needs.
 SUMS = SCRATCH  # float32 [ROWS]
-LIST = SUMS + 4 * ROWS  # int32 [2 * ROWS + SLACK]
-WORK = -(-(LIST + 4 * (2 * ROWS + SLACK)) // 64) * 64
+LIST = SUMS + 4 * ROWS  # int32 [2, LISTED]
+LISTED = 2 * ROWS + SLACK
+WORK = -(-(LIST + 4 * 2 * LISTED) // 64) * 64
 
 STORE, ADD = 0, 1
 
