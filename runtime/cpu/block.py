@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..gguf import Tensor
+from .axpy import AXPYS
 from .gemm import MULTIPLIES, UNPACKS
 from .jit import Kernel
-from .rows import AXPYS, DOTS, WIDENS
+from .rows import DOTS, WIDENS
 
 Block = np.ndarray[tuple[int], np.dtype[np.int64]]
 

@@ -21,6 +21,7 @@ import math
 import numpy as np
 
 from ..step import FIRED, HALF_FIRED
+from .axpy import GROUP
 from .block import MATRIX, layout
 from .exchange import answer, has_come, is_late
 from .jit import arg, function, inline, job
@@ -268,7 +269,8 @@ def _down(args, n_active, lane, n_lanes, first, width):
     data, nbytes = arg(down, MATRIX.data) + row_bytes * first // n_embd, row_bytes * width // n_embd
     y, begin, end = lanes + 4 * n_embd * lane, n_active * lane // n_lanes, 0
     end = n_active * (lane + 1) // n_lanes
-    rows, count, distance = active + 4 * begin, end - begin, lead(nbytes)
+    rows, count = active + 4 * begin, end - begin
+    distance = max(lead(nbytes), GROUP)
     fill_zero(y + 4 * first, width)
     fetch_rows(data, row_bytes, rows, min(count, distance), nbytes)
     call_axpys(

@@ -13,13 +13,14 @@ from ..formats import BLOCK_SIZES, U8Array
 from ..gguf import Tensor
 from ..weights import Weights
 from . import attention, ffn, ffn_batch, linear, matmul
+from .axpy import AXPYS
 from .bandwidth import Reader, read_all
 from .block import MATRIX, PRODUCTS, SUMS, Block, address, build, matrix
 from .elementwise import NORMS
 from .gemm import MULTIPLIES, UNPACKS
 from .jit import Kernel, load_kernels
 from .pool import Call, Pool, physical_cores, program
-from .rows import AXPYS, DOTS, F16, F32, SLACK, WIDENS, pack_bytes
+from .rows import DOTS, F16, F32, SLACK, WIDENS, pack_bytes
 
 _JOBS = (
     linear.embed,

@@ -330,54 +330,6 @@ def dot_float(type_, w, n, x, ahead):
     return total
 
 
-# Some rows at a time, so that y is read and written less often: y += a * v + b * w + ... The sums
-# are those of one row after the other.
-
-
-@inline
-def _axpy2_float(type_, v, w, n, a, b, y, ahead_v, ahead_w):
-    scale_v, scale_w = splat(a), splat(b)
-    for i in range(0, n - 15, 16):
-        if type_ <= F16 or type_ == BF16:
-            prefetch(v + (4 if type_ == F32 else 2) * i + ahead_v)
-            prefetch(w + (4 if type_ == F32 else 2) * i + ahead_w)
-        total = fma(load16(type_, v, i), scale_v, load_f32x16(y + 4 * i))
-        store_f32x16(y + 4 * i, fma(load16(type_, w, i), scale_w, total))
-    for i in range(n // 16 * 16, n):
-        one = fma1(load1(type_, v, i), a, load_f32(y + 4 * i))
-        store_f32(y + 4 * i, fma1(load1(type_, w, i), b, one))
-
-
-@inline
-def _fma_blocks(type_, w, scale, low, high):
-    """low, high + scale * the first and the last 16 weights of the block at w."""
-    if type_ == Q4_0:
-        return fma(q4_0_low(w + 2), scale, low), fma(q4_0_high(w + 2), scale, high)
-    return fma(load_i8x16(w + 2), scale, low), fma(load_i8x16(w + 18), scale, high)
-
-
-@inline
-def _axpy4_blocks(type_, rows, n, factors, y, ahead):
-    """The same for Q4_0 and Q8_0; four rows, and what is fetched meanwhile."""
-    block_bytes = 18 if type_ == Q4_0 else 34
-    r, s, t, u = rows
-    ahead_r, ahead_s, ahead_t, ahead_u = ahead[0] - r, ahead[1] - s, ahead[2] - t, ahead[3] - u
-    for _ in range(n // 32):
-        prefetch(r + ahead_r)
-        prefetch(s + ahead_s)
-        prefetch(t + ahead_t)
-        prefetch(u + ahead_u)
-        low, high = load_f32x16(y), load_f32x16(y + 64)
-        low, high = _fma_blocks(type_, r, splat(factors[0] * load_f16(r)), low, high)
-        low, high = _fma_blocks(type_, s, splat(factors[1] * load_f16(s)), low, high)
-        low, high = _fma_blocks(type_, t, splat(factors[2] * load_f16(t)), low, high)
-        low, high = _fma_blocks(type_, u, splat(factors[3] * load_f16(u)), low, high)
-        store_f32x16(y, low)
-        store_f32x16(y + 64, high)
-        r, s, t, u = r + block_bytes, s + block_bytes, t + block_bytes, u + block_bytes
-        y += 128
-
-
 @inline
 def fill_zero(y, n):
     """y [n] = 0 (float32)."""
@@ -418,7 +370,7 @@ def lead(row_bytes):
 
 
 @inline
-def _fetch_far(row, nbytes):
+def fetch_far(row, nbytes):
     """Ask for a whole row of a list that comes later, or for the columns of it that are wanted.
 
     Into the second cache: it waits for more lines at a time than the first, and rows here and
@@ -432,17 +384,17 @@ def _fetch_far(row, nbytes):
 def fetch_rows(w, row_bytes, rows, count, nbytes):
     """Ask for the first rows of a list, which nothing before has asked for: nbytes of each."""
     for i in range(count):
-        _fetch_far(w + row_number(rows, i) * row_bytes, nbytes)
+        fetch_far(w + row_number(rows, i) * row_bytes, nbytes)
 
 
 @inline
-def _row(w, row_bytes, rows, i, count):
+def row_at(w, row_bytes, rows, i, count):
     """Return where the i-th of `count` rows is; behind the last, that one."""
     return w + row_number(rows, min(i, count - 1)) * row_bytes
 
 
 @inline
-def _next_rows(w, row_bytes, rows, i, j, count, next_w, next_rows, nbytes):
+def to_fetch(w, row_bytes, rows, i, j, count, next_w, next_rows, nbytes):
     """Return what is fetched into the first cache while rows i and j (or i alone) are read.
 
     Of a list these are the ones that come next: what comes later is fetched far.
@@ -450,11 +402,11 @@ def _next_rows(w, row_bytes, rows, i, j, count, next_w, next_rows, nbytes):
     next_v = next_w + row_number(next_rows, i) * row_bytes
     next_u = next_w + row_number(next_rows, j) * row_bytes
     if rows != 0:
-        _fetch_far(next_v, nbytes)
+        fetch_far(next_v, nbytes)
         if j != i:
-            _fetch_far(next_u, nbytes)
-        next_v = _row(w, row_bytes, rows, j + 1, count)
-        next_u = _row(w, row_bytes, rows, j + 2, count)
+            fetch_far(next_u, nbytes)
+        next_v = row_at(w, row_bytes, rows, j + 1, count)
+        next_u = row_at(w, row_bytes, rows, j + 2, count)
     return next_v, next_u
 
 
@@ -464,10 +416,8 @@ def _make_dots(type_):
         for i in range(0, count, 2 if in_twos else 1):
             # A last row without a partner is multiplied twice.
             j = min(i + 1, count - 1) if in_twos else i
-            v, u = _row(w, row_bytes, rows, i, count), _row(w, row_bytes, rows, j, count)
-            next_v, next_u = _next_rows(
-                w, row_bytes, rows, i, j, count, next_w, next_rows, row_bytes
-            )
+            v, u = row_at(w, row_bytes, rows, i, count), row_at(w, row_bytes, rows, j, count)
+            next_v, next_u = to_fetch(w, row_bytes, rows, i, j, count, next_w, next_rows, row_bytes)
             if in_twos:
                 a, b = _dot2_blocks(type_, v, u, n, packed, scratch, next_v, next_u)
                 store_f32(out + 4 * j, b)
@@ -480,56 +430,6 @@ def _make_dots(type_):
     return Kernel(dots, 11, f"dots_{GGMLType(type_).name}")
 
 
-@inline
-def _four_rows(w, row_bytes, rows, i, count):
-    """Return where rows i to i + 3 of `count` are, as _row says."""
-    return (
-        _row(w, row_bytes, rows, i, count),
-        _row(w, row_bytes, rows, i + 1, count),
-        _row(w, row_bytes, rows, i + 2, count),
-        _row(w, row_bytes, rows, i + 3, count),
-    )
-
-
-@inline
-def _value(values, i, count):
-    """Return the factor of the i-th of `count` rows; behind the last, where _row is that one, 0."""
-    return load_f32(values + 4 * i) if i < count else np.float32(0)
-
-
-def _make_axpys(type_):
-    block_size, block_bytes = BLOCK_SIZES[GGMLType(type_)]
-
-    def axpys(w, row_bytes, n, rows, count, next_w, next_rows, values, y):
-        nbytes = n // block_size * block_bytes
-        if type_ in (Q4_0, Q8_0):
-            for i in range(0, count, 4):
-                four = _four_rows(w, row_bytes, rows, i, count)
-                ahead = _four_rows(next_w, row_bytes, next_rows, i, i + 4)
-                if rows != 0:  # as _next_rows has it
-                    for row in ahead:
-                        _fetch_far(row, nbytes)
-                    ahead = _four_rows(w, row_bytes, rows, i + 4, count)
-                factors = (
-                    load_f32(values + 4 * i),
-                    _value(values, i + 1, count),
-                    _value(values, i + 2, count),
-                    _value(values, i + 3, count),
-                )
-                _axpy4_blocks(type_, four, n, factors, y, ahead)
-        else:
-            for i in range(0, count, 2):
-                j = min(i + 1, count - 1)
-                a, b = load_f32(values + 4 * i), _value(values, i + 1, count)
-                v, u = _row(w, row_bytes, rows, i, count), _row(w, row_bytes, rows, j, count)
-                next_v, next_u = _next_rows(
-                    w, row_bytes, rows, i, j, count, next_w, next_rows, nbytes
-                )
-                _axpy2_float(type_, v, u, n, a, b, y, next_v - v, next_u - u)
-
-    return Kernel(axpys, 9, f"axpys_{GGMLType(type_).name}")
-
-
 def _make_widen(type_):
     block_size, block_bytes = BLOCK_SIZES[GGMLType(type_)]
 
@@ -540,12 +440,15 @@ def _make_widen(type_):
             for line in range(0, n // block_size * block_bytes, 64):
                 prefetch_far(ahead + line)
             if type_ in (Q4_0, Q8_0):
-                zero = splat(np.float32(0))
                 for block in range(n // 32):
                     source = at + block * block_bytes
-                    low, high = _fma_blocks(type_, source, splat(load_f16(source)), zero, zero)
-                    store_f32x16(to + 128 * block, low)
-                    store_f32x16(to + 128 * block + 64, high)
+                    scale = splat(load_f16(source))
+                    if type_ == Q4_0:
+                        low, high = q4_0_low(source + 2), q4_0_high(source + 2)
+                    else:
+                        low, high = load_i8x16(source + 2), load_i8x16(source + 18)
+                    store_f32x16(to + 128 * block, mul(low, scale))
+                    store_f32x16(to + 128 * block + 64, mul(high, scale))
             else:
                 for j in range(0, n - 15, 16):
                     store_f32x16(to + 4 * j, load16(type_, at, j))
@@ -558,8 +461,5 @@ def _make_widen(type_):
 # dots(w, row_bytes, n, rows, count, next_w, next_rows, x, packed, scratch, out): out [count] =
 # rows . activations, float32 `x` [n], or `packed` where the format is integer.
 DOTS = {int(type_): _make_dots(int(type_)) for type_ in COMPUTE_TYPES}
-# axpys(w, row_bytes, n, rows, count, next_w, next_rows, values, y): y [n] += sum of
-# values [count] * rows, float32.
-AXPYS = {int(type_): _make_axpys(int(type_)) for type_ in COMPUTE_TYPES}
 # widen(w, row_bytes, n, rows, count, out, out_bytes): the rows as float32 [n], out_bytes apart.
 WIDENS = {int(type_): _make_widen(int(type_)) for type_ in COMPUTE_TYPES}

@@ -98,6 +98,20 @@ def store_i64(b, address, x):
     b.store(x, b.inttoptr(address, i64.as_pointer()), align=1)
 
 
+@op(void, intp, intp)
+def copy_u16(b, to, address):
+    b.store(load(b, address, i16), b.inttoptr(to, i16.as_pointer()), align=1)
+
+
+@op(intp)
+def stack_4k(b):
+    """Return the address of 4096 bytes that last as long as the function; a multiple of 64."""
+    with b.goto_entry_block():
+        memory = b.alloca(ir.ArrayType(i8, 4096))
+    memory.align = 64
+    return b.ptrtoint(memory, i64)
+
+
 @op(void, intp, types.uint8)
 def store_u8(b, address, x):
     b.store(x, b.inttoptr(address, i8.as_pointer()), align=1)
@@ -185,9 +199,27 @@ def load_u8x16(b, address):
 # -- integer arithmetic -----------------------------------------------------------------------
 
 
+@op(I32x16, int32)
+def splat_i32(b, x):
+    """Return a vector of 16 times `x`."""
+    return splat_to(b, x, I32x16.llvm)
+
+
+@op(I32x16, I32x16, I32x16)
+def add_i32(b, x, y):
+    return b.add(x, y)
+
+
 @op(I32x16, I32x16, int32)
 def and_i32(b, x, mask):
     return b.and_(x, splat_to(b, mask, I32x16.llvm))
+
+
+@op(I32x16, I32x16, int32, int32)
+def byte_of(b, x, shift, to):
+    """Return the byte that is `shift` bits up, `to` bits up."""
+    byte = b.and_(b.lshr(x, splat_to(b, shift, x.type)), constant(x.type, 255))
+    return b.shl(byte, splat_to(b, to, x.type))
 
 
 @op(I32x16, I32x16, int32)
@@ -241,6 +273,11 @@ def sub(b, x, y):
 @op(F32x16, F32x16, F32x16)
 def mul(b, x, y):
     return b.fmul(x, y)
+
+
+@op(F32x16, F32x16, F32x16)
+def divide(b, x, y):
+    return b.fdiv(x, y)
 
 
 @op(F32x16, F32x16, F32x16, F32x16)
@@ -384,6 +421,12 @@ def to_f32(b, x):
     return b.sitofp(x, F32x16.llvm)
 
 
+@op(I32x16, F32x16)
+def to_i32(b, x):
+    """Round to int32, half to even; what does not fit, or is no number, becomes any int32."""
+    return call(b, "llvm.lrint.v16i32.v16f32", I32x16.llvm, x)
+
+
 @op(I32x16, I32x16, int32)
 def scale_i32(b, x, factor):
     """x * factor."""
@@ -488,6 +531,14 @@ def _gather_blocks(b: Any, address: Any, n: int, stride: int, size: int) -> Any:
     return parts[0]
 
 
+def _halves_to_f32(b: Any, bits: Any) -> Any:
+    """Return the float32 of int16 that are halves."""
+    if HAS_HALF:
+        n = bits.type.count
+        return b.fpext(b.bitcast(bits, ir.VectorType(half, n)), ir.VectorType(float_, n))
+    return half_to_float(b, bits)
+
+
 def _spread_scales(b: Any, address: Any, x_scales: Any, n: int, stride: int) -> Any:
     """Return w scale * x scale of `n` blocks, each repeated over its 16 / n lanes."""
     # Gathered as bits, then widened all at once. A vector holds those of a group (72 or 68 bytes).
@@ -499,11 +550,7 @@ def _spread_scales(b: Any, address: Any, x_scales: Any, n: int, stride: int) -> 
         for i in range(n):
             scale = load(b, offset(b, address, i * stride), i16)
             bits = b.insert_element(bits, scale, ir.Constant(i32, i))
-    if HAS_HALF:
-        floats = b.fpext(b.bitcast(bits, ir.VectorType(half, n)), ir.VectorType(float_, n))
-    else:
-        floats = half_to_float(b, bits)
-    floats = b.fmul(floats, load(b, x_scales, ir.VectorType(float_, n)))
+    floats = b.fmul(_halves_to_f32(b, bits), load(b, x_scales, ir.VectorType(float_, n)))
     return shuffle(b, floats, floats, [lane * n // 16 for lane in range(16)])
 
 
@@ -511,6 +558,23 @@ def _spread_scales(b: Any, address: Any, x_scales: Any, n: int, stride: int) -> 
 def load_q4_0_quants(b, address):
     """Load the 64 bytes of nibbles of 4 consecutive Q4_0 blocks."""
     return _gather_blocks(b, address, 4, 18, 16)
+
+
+@op(F32x16, intp)
+def load_q4_0_scales(b, address):
+    """Load the scales of 16 consecutive Q4_0 blocks as float32."""
+    # Of 8 blocks they lie in two vectors: every 9th word.
+    words, lanes = ir.VectorType(i16, 32), [9 * i for i in range(8)]
+    parts = [
+        shuffle(
+            b,
+            load(b, offset(b, address, at), words),
+            load(b, offset(b, address, at + 64), words),
+            lanes,
+        )
+        for at in (0, 8 * 18)
+    ]
+    return _halves_to_f32(b, _join(b, parts[0], parts[1]))
 
 
 @op(F32x16, intp, intp)
@@ -586,6 +650,20 @@ def q4_0_high(b, address):
     return _nibbles_f32(b, address, 4)
 
 
+@op(I8x64, intp, intp, intp, intp)
+def load_4_rows(b, r, s, t, u):
+    """Load 16 bytes of each of four rows: the first of each, then the second of each, ..."""
+    parts = [load(b, address, ir.VectorType(i8, 16)) for address in (r, s, t, u)]
+    x, y = _join(b, parts[0], parts[1]), _join(b, parts[2], parts[3])
+    return shuffle(b, x, y, [16 * row + i for i in range(16) for row in range(4)])
+
+
+@op(I8x64, int32)
+def splat_4_bytes(b, x):
+    """Return 16 times the 4 bytes of x."""
+    return b.bitcast(splat_to(b, x, I32x16.llvm), I8x64.llvm)
+
+
 # -- threads ----------------------------------------------------------------------------------
 
 
@@ -644,7 +722,7 @@ def call_dots(b, function, *args):
 
 @op(void, *[intp] * 10)
 def call_axpys(b, function, *args):
-    """Call the kernel of rows.AXPYS at address `function` with its nine arguments."""
+    """Call the kernel of axpy.AXPYS at address `function` with its nine arguments."""
     _call(b, function, list(args))
 
 
