@@ -59,13 +59,17 @@ def device_bytes(type_: GGMLType, rows: int, cols: int) -> int:
     return sum(aligned(n) for n in planes(type_, rows, cols))
 
 
+def attention_blocks(c: ModelConfig) -> int:
+    """Return in how many blocks the heads of a token on its own are, in a split (attention.cu)."""
+    return c.n_head_kv * -(-c.n_head // c.n_head_kv // ATTENTION_HEADS)
+
+
 def attention_splits(c: ModelConfig) -> int:
     """Return into how many parts at most the context of a token on its own is cut (attention.cu).
 
     They follow from the model alone, so that nothing else changes the order of its sums.
     """
-    blocks = c.n_head_kv * -(-c.n_head // c.n_head_kv // ATTENTION_HEADS)
-    return min(max(ATTENTION_BLOCKS // blocks, 1), 32)
+    return min(max(ATTENTION_BLOCKS // attention_blocks(c), 1), 32)
 
 
 def neuron_tensors(layer: Layer) -> list[Tensor]:
@@ -132,6 +136,7 @@ def workspace(
         "attention_sums": ("f4", (*split, c.head_dim)),
         "attention_peaks": ("f4", split),
         "attention_totals": ("f4", split),
+        "attention_tickets": ("i4", (n_seq, attention_blocks(c))),
         "a": ("f4", (n_tok, q_dim)),
         "h": ("f4", (n_tok, c.n_embd)),
         "hidden": ("f4", (n_tok, rank)),  # of the predictor

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cuda_case import NOT_PACKED, Step, launch, packed
 from cusim.sim import SimError, Simulator, load, unavailable
-from powerinfer.runtime.footprint import attention_splits
+from powerinfer.runtime.footprint import attention_blocks, attention_splits
 from powerinfer.runtime.formats import round_activations
 from powerinfer.runtime.reference import Reference
 
@@ -76,31 +76,26 @@ class Case:
         order_seed: int | None = None,
         n_splits: int = 0,
     ) -> None:
-        """attend_split and attend_combine; n_splits of 0: as many as an engine has."""
-        given = self.put(sim)
+        """attend_split; n_splits of 0: as many as an engine has."""
         n_splits = n_splits or attention_splits(self)
         size = (len(self.step.lengths), self.n_head, n_splits)
-        parts = {
-            "sums": sim.empty((*size, self.head_dim), np.float32, "sums"),
-            "peaks": sim.empty(size, np.float32, "peaks"),
-            "totals": sim.empty(size, np.float32, "totals"),
-        }
-        blocks = self.n_head_kv * -(-self.n_head // self.n_head_kv // 8)
-        grid = (n_splits, blocks, self.step.n_tok_max)
-        group = self.n_head // self.n_head_kv
-        launch(sim, f"attend_split_{self.type_}", grid, order_seed, group=group, **given, **parts)
-        names = ("counts", "rows", "positions", "n_head", "head_dim")
+        blocks = attention_blocks(self)
+        tickets = sim.array(np.zeros((size[0], blocks), np.int32), "tickets")
         launch(
             sim,
-            "attend_combine",
-            (-(-self.q.shape[1] // 128), self.step.n_tok_max),
+            f"attend_split_{self.type_}",
+            (n_splits, blocks, self.step.n_tok_max),
             order_seed,
-            **{name: given[name] for name in names},
-            **parts,
-            n_splits=n_splits,
+            **self.put(sim),
+            group=self.n_head // self.n_head_kv,
+            sums=sim.empty((*size, self.head_dim), np.float32, "sums"),
+            peaks=sim.empty(size, np.float32, "peaks"),
+            totals=sim.empty(size, np.float32, "totals"),
+            tickets=tickets,
             a=a,
             packed=pack,
         )
+        assert not tickets.numpy().any()
 
     def tile(self, sim: Simulator, a: Any, order_seed: int | None = None) -> None:
         queries = 16 if self.head_dim > 128 else 32
@@ -222,9 +217,9 @@ def test_large_scores():
     compare(a.numpy(), case.expected(), 1e-4)
 
 
-def test_combine_packs():
-    """The rounded copy is what round_activations makes of the same numbers; heads of 80 too."""
-    case = Case((4, 2, 80), "f16", [(299, 1), (4, 1)], room=1)
+def test_splits_pack():
+    """The rounded copy is what round_activations makes of the same numbers; one split, several."""
+    case = Case((5, 1, 64), "f16", [(299, 1), (4, 1)], room=1)
     sim = simulator()
     a, pack = case.new_a(sim), packed(sim, 3, 320)
     case.split(sim, a, pack=pack)
@@ -242,9 +237,9 @@ def checked(sim: Simulator, shape: tuple[int, int, int], type_: str) -> None:
     case = Case(shape, type_, [(0, 9), (259, 1), (31, 1), (94, 3)], room=1)
     for n_splits in (2, 17):  # long ones; more than are added up at once
         a, pack = case.new_a(sim), NOT_PACKED
-        if a.shape[1] % 32 == 0:
+        if shape[2] % 32 == 0:
             pack = packed(sim, *a.shape)
-        case.split(sim, a, pack=pack, n_splits=n_splits)
+        case.split(sim, a, pack=pack, n_splits=n_splits, order_seed=n_splits)
         case.tile(sim, a)
         compare(a.numpy(), case.expected())
 
@@ -256,7 +251,7 @@ def test_check_mode_is_clean(shape, type_):
 
 
 # name: (text, what it becomes, the kind of fault that the check finds; or else the comparison)
-WRONG = "wrong result"
+WRONG, UNWRITTEN = "wrong result", "uninitialised read"
 FAULTS = {
     "a token too many": ("(t < n_tok) & (position", "(position", "out of bounds"),
     "a row that is not seen is loaded": ("end - 1 - start) * head", "end - start) * head", WRONG),
@@ -284,22 +279,42 @@ FAULTS = {
     "the query is read before it is there": (
         "__syncwarp();  // the query",
         "// the query",
-        "uninitialised read",
+        UNWRITTEN,
     ),
     "shares read before all are there": (
-        "    __syncthreads();\n    if (in_block",
-        "    if (in_block",
-        "race",
+        "    __syncthreads();\n    const int n = unsigned",
+        "    const int n = unsigned",
+        UNWRITTEN,
     ),
     "sums of the other lanes": ("is_upper * HALF +", "!is_upper * HALF +", WRONG),
     "sums keep their old peak in a warp": ("sums[i] *= factor;", "sums[i] *= 1;", WRONG),
-    "sums keep their old peak": ("total *= factor, sum *= factor;", "", WRONG),
     "a total keeps its old peak": ("        total *= factor;\n", "", WRONG),
-    "splits of another length": ("split_span(position + 1,", "split_span(position + 33,", WRONG),
+    "splits of another length": ("unsigned(position) / span", "unsigned(position) / 16", WRONG),
+    "a ticket before all is written": ("__syncthreads();  // all of", "// all of", "race"),
+    "no fence before the ticket": ("__threadfence();\n        is_it", "is_it", "race"),
+    "no ticket": ("atomicInc((unsigned*)ticket, n - 1) ==", "int(blockIdx.x) ==", UNWRITTEN),
+    "no fence after the ticket": ("0 again\n        __threadfence();", "", "race"),
+    "no barrier after the ticket": (
+        "    __syncthreads();\n    return is_it;",
+        "    return is_it;",
+        UNWRITTEN,
+    ),
+    "a ticket that is not given back": (
+        "atomicInc((unsigned*)ticket, n - 1)",
+        "atomicAdd(ticket, 1)",
+        WRONG,
+    ),
+    "the ticket of all texts": ("sequence * gridDim.y + blockIdx.y", "blockIdx.y", UNWRITTEN),
+    "the ticket of all heads": (
+        "sequence * gridDim.y + blockIdx.y",
+        "sequence * gridDim.y",
+        UNWRITTEN,
+    ),
+    "the weight of another split": ("weight, s + i)", "weight, s + 1 - i)", WRONG),
     "stage read before it is filled": (
         "store_wide(x, &tile.stage[row][PIECE * piece]);\n    }\n    __syncthreads();",
         "store_wide(x, &tile.stage[row][PIECE * piece]);\n    }\n    ",
-        "uninitialised read",
+        UNWRITTEN,
     ),
     "stage overwritten while it is read": (
         "__syncthreads();  // the last one has been read",

@@ -158,7 +158,7 @@ def test_atomics(memory):
     x = numbers(300)
     y = np.zeros(8 + 300, np.int32)
     y = launch(memory, "atomics", 1, 300, x, y)
-    wanted = [900, -x.sum(), x.max(), min(x.min(), 0), -1, np.bitwise_xor.reduce(x), 600, 900]
+    wanted = [900, -x.sum(), x.max(), min(x.min(), 0), -1, np.bitwise_xor.reduce(x), 600, 906]
     np.testing.assert_array_equal(y[:8], wanted)
     np.testing.assert_array_equal(np.sort(y[8:]), 3 * np.arange(300))
 
@@ -295,6 +295,11 @@ FAULTS = {
     "add_without_atomic": (RACE, "thread 1"),
     "add_over_blocks": (RACE, "block 1, thread 0"),
     "read_beside_atomics": (RACE, "atomically changes"),
+    "no_barrier_before_a_ticket": (RACE, "at y + "),
+    "no_fence_before_a_ticket": (RACE, "at y + "),
+    "no_ticket": (RACE, "at y + "),
+    "not_the_same_ticket": (RACE, "at y + "),
+    "no_fence_after_a_ticket": (RACE, "at y + "),
     "barrier_in_a_branch": (APART, "different __syncthreads"),
     "barrier_beside_shuffle": (APART, "wait in __syncthreads"),
     "shuffle_in_a_branch": (APART, "lanes 80000000 exited"),
@@ -315,6 +320,11 @@ BLOCKS = {
     "shared_of_the_last_block": 2,
     "wrong_slot": 2,
     "add_over_blocks": 2,
+    "no_barrier_before_a_ticket": 4,
+    "no_fence_before_a_ticket": 4,
+    "no_ticket": 4,
+    "not_the_same_ticket": 4,
+    "no_fence_after_a_ticket": 4,
 }
 SIZES = {"shared_of_the_last_block": 128, "wrong_slot": 128, "no_barrier_before_writing": 256}
 

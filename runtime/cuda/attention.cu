@@ -3,7 +3,7 @@
 //   a[t] = softmax(q[t] . K * scale) V     for each query head; n_head / n_head_kv share a kv head
 //
 // A token that is the only one of its sequence in a step (decoding) is for attend_split, which cuts
-// its context into splits that occupy the whole GPU, and attend_combine. Tokens of
+// its context into splits that occupy the whole GPU, and adds them up in the end. Tokens of
 // a prompt's chunk are for attend_tile, which reads a page once for many of them. Which of the two
 // computes a token, and in what order, follows from its own sequence alone: its neighbours of other
 // sequences do not change a bit, nor do, in a chunk, those of its own.
@@ -24,7 +24,9 @@ __device__ inline bool is_alone(const int* rows, int n_tok, int t) {
 // What takes the time here is waiting: of a 7b model a token's K and V in a layer, 520 positions
 // long, are worth 3 us of an H100's memory, which is as long as a few loads that wait for each
 // other. So the work is cut such that a warp asks at once for all that it will read (16 rows of 128
-// halves of each), and threads meet once, at the end.
+// halves of each), and threads meet once, at the end; and so do blocks, of which the last to arrive
+// adds up what the splits of its heads came to. Which one that is changes nothing: it adds in the
+// order of splits. (A kernel of its own for this took 4.4 us and a boundary.)
 //
 // A context is cut into at most n_splits splits, which are longer in a longer context. footprint.py
 // has so many that there are 256 blocks, two for each of 132 multiprocessors. With 32 heads these
@@ -59,36 +61,37 @@ struct attend_split_args {
     float* sums;                   // [n_seq][n_head][n_splits][head_dim]
     float* peaks;                  // [n_seq][n_head][n_splits]
     float* totals;                 // [n_seq][n_head][n_splits]
+    int* tickets;                  // [n_seq][grid y]: blocks that have arrived; 0 between launches
+    float* a;                      // [n_tok][n_head * head_dim]
+    Packed packed;                 // the same rounded; null if not wanted; head_dim % 32 == 0
 };
 
 // sum and total of some positions: of V and of 1, each times exp(score - peak).
 struct Weighted {
-    float peak = -3.0e38f, total = 0, sum = 0;
-
-    // Adds those of n others, of which it takes eight at most: their loads do not wait for each
-    // other. Their sums are `stride` apart.
-    static constexpr int AT_ONCE = 8;
-    __device__ void add(const float* peaks, const float* totals, const float* sums, int stride,
-                        int n) {
-        float their_peaks[AT_ONCE], their_totals[AT_ONCE], their_sums[AT_ONCE], before = peak;
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            their_peaks[i] = i < n ? peaks[i] : -infinity();
-            their_totals[i] = i < n ? totals[i] : 0;
-            their_sums[i] = i < n ? sums[i * stride] : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) peak = fmaxf(peak, their_peaks[i]);
-        const float factor = expf(before - peak);
-        total *= factor, sum *= factor;
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const float theirs = expf(their_peaks[i] - peak);
-            total = fmaf(theirs, their_totals[i], total);
-            sum = fmaf(theirs, their_sums[i], sum);
-        }
-    }
+    float peak, total, sum;
 };
+
+// All n of them together, which are eight at most: their loads do not wait for each other.
+__device__ inline Weighted together(const float* peaks, const float* totals, const float* sums,
+                                    int n) {
+    constexpr int MOST = ATTEND_WARPS;
+    Weighted each[MOST], all = {-infinity(), 0, 0};
+#pragma unroll
+    for (int i = 0; i < MOST; i++) {
+        each[i].peak = i < n ? peaks[i] : -infinity();
+        each[i].total = i < n ? totals[i] : 0;
+        each[i].sum = i < n ? sums[i * MAX_HEAD_DIM] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < MOST; i++) all.peak = fmaxf(all.peak, each[i].peak);
+#pragma unroll
+    for (int i = 0; i < MOST; i++) {
+        const float factor = expf(each[i].peak - all.peak);
+        all.total = fmaf(factor, each[i].total, all.total);
+        all.sum = fmaf(factor, each[i].sum, all.sum);
+    }
+    return all;
+}
 
 // What the warps of a block leave in shared memory, each in its own part.
 struct Shares {
@@ -221,11 +224,29 @@ __device__ inline void attend_rows(const attend_split_args& p, Shares& shares, c
     if (lane == 0) shares.peaks[warp] = peak, shares.totals[warp] = total;
 }
 
+// Whether this block is the last of n to come here; then it sees what the others have written.
+__device__ inline bool is_last(int* ticket, int n) {
+    __shared__ bool is_it;
+    __syncthreads();  // all of the block's is written
+    if (threadIdx.x == 0) {
+        __threadfence();
+        is_it = atomicInc((unsigned*)ticket, n - 1) == n - 1;  // which makes it 0 again
+        __threadfence();
+    }
+    __syncthreads();
+    return is_it;
+}
+
 // Of each split s: peak = max of the scores, total = sum of exp(score - peak), and
-// sums = sum of exp(score - peak) * V.   A block is a token, a split, and up to 8 query heads of a
-// kv head. A warp has one head; where heads are few, several warps share one.
+// sums = sum of exp(score - peak) * V; then, with peak the largest of them,
+//
+//   a[t] = sum over s of e^(peak[s] - peak) sums[s] / sum over s of e^(peak[s] - peak) totals[s]
+//
+// A block is a token, a split, and up to 8 query heads of a kv head. A warp has one head; where heads
+// are few, several warps share one. There are 32 splits at most.
 // Bytes: K and V of the split, once for each 8 of the query heads that share them (for these 8,
-// again from the L1 cache); 4 * (head_dim + 2) written for each head.
+// again from the L1 cache); for each head and split that there is, if it is not the only one,
+// 4 * (head_dim + 2) written and read again; 5.25 * n_head * head_dim written.
 //
 // launch: grid (n_splits, n_head_kv * ceil(n_head / n_head_kv / 8), n_tok), block 256
 template <class T> __device__ inline void attend_split(const attend_split_args& p) {
@@ -262,17 +283,54 @@ template <class T> __device__ inline void attend_split(const attend_split_args& 
         }
     }
     __syncthreads();
+    const int n = unsigned(position) / span + 1;  // splits that there are
+    const long long a = ((long long)t * p.n_head + head) * head_dim;
+    const long long parts = ((long long)sequence * p.n_head + head) * n_splits;
+    // Of dimensions that its warps share a head has f(d), d of each lane; those of a warp together.
+    const auto each = [&](auto f) {
+        if (in_block >= heads) return;
+        for (int d = share * WARP; d < head_dim; d += n_shares * WARP) f(d + lane_id());
+    };
+    const auto finish = [&](int d, float y) {
+        if (d < head_dim) p.a[a + d] = y;
+        if (p.packed.q) pack_block<1>({y}, p.packed, (a + d) / QK);
+    };
+    each([&](int d) {
+        const int first = in_block * n_shares;
+        const long long part = parts + blockIdx.x;
+        const Weighted all = together(shares.peaks + first, shares.totals + first,
+                                      &shares.sums[first][d], d < head_dim ? n_shares : 0);
+        if (n == 1) {
+            finish(d, all.sum / all.total);
+        } else if (d < head_dim) {
+            p.sums[part * head_dim + d] = all.sum;
+            if (d == 0) p.peaks[part] = all.peak, p.totals[part] = all.total;
+        }
+    });
+    if (n == 1 || !is_last(p.tickets + sequence * gridDim.y + blockIdx.y, n)) return;
     if (in_block >= heads) return;
-    // The warps of a head add up what each of them has, each for some of the dimensions.
-    const int first = in_block * n_shares;
-    const long long at = ((long long)sequence * p.n_head + head) * n_splits + blockIdx.x;
-    for (int d = share * WARP + lane_id(); d < head_dim; d += n_shares * WARP) {
-        Weighted all;
-        all.add(shares.peaks + first, shares.totals + first, &shares.sums[first][d], MAX_HEAD_DIM,
-                n_shares);
-        p.sums[at * head_dim + d] = all.sum;
-        if (d == 0) p.peaks[at] = all.peak, p.totals[at] = all.total;
-    }
+    // A lane has the weight of a split. Of sums as many are on their way at once as will be of use.
+    const bool is_any = lane_id() < n;
+    const float peak = is_any ? p.peaks[parts + lane_id()] : -infinity();
+    const float total = is_any ? p.totals[parts + lane_id()] : 0;
+    const float part = expf(peak - warp_max(peak)), weight = part / warp_sum(part * total);
+    each([&](int d) {
+        constexpr int AT_ONCE = 16;
+        float y = 0;
+        for (int s = 0; s < n; s += AT_ONCE) {
+            float sums[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const bool is_there = s + i < n && d < head_dim;
+                sums[i] = is_there ? p.sums[(parts + s + i) * head_dim + d] : 0;
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                y = fmaf(__shfl_sync(ALL_LANES, weight, s + i), sums[i], y);
+            }
+        }
+        finish(d, y);
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) attend_split_f16(const attend_split_args p) {
@@ -280,47 +338,6 @@ extern "C" __global__ void __launch_bounds__(256, 2) attend_split_f16(const atte
 }
 extern "C" __global__ void __launch_bounds__(256, 2) attend_split_f32(const attend_split_args p) {
     attend_split<float>(p);
-}
-
-struct attend_combine_args {
-    const int* counts;
-    const int* rows;
-    const int* positions;
-    const float* sums;    // of attend_split
-    const float* peaks;
-    const float* totals;
-    int n_splits;         // attend_split's grid
-    int n_head, head_dim;
-    float* a;             // [n_tok][n_head * head_dim]
-    Packed packed;        // the same rounded; null if not wanted; n_head * head_dim % 32 == 0
-};
-
-// a[t] = sum over s of e^(peak[s] - peak) sums[s] / sum over s of e^(peak[s] - peak) totals[s],
-// peak their largest; s are the splits that the token's context has, in order, eight at a time,
-// whose loads do not wait for each other.
-// Bytes a token: n_splits * n_head * (head_dim + 2) * 4 read, n_head * head_dim * 5.25 written.
-//
-// launch: grid (ceil(n_head * head_dim / 128), n_tok), block 128
-extern "C" __global__ void __launch_bounds__(128) attend_combine(const attend_combine_args p) {
-    const int t = blockIdx.y, cols = p.n_head * p.head_dim, i = blockIdx.x * 128 + threadIdx.x;
-    int position, sequence;
-    after_predecessors();
-    if (!find_token(p.counts, p.positions, p.rows, t, position, sequence)) return;
-    if (i - lane_id() >= cols || !is_alone(p.rows, p.counts[0], t)) return;
-    const unsigned n = unsigned(position) / split_span(position + 1, p.n_splits) + 1;
-    float y = 0;
-    if (i < cols) {
-        const int head = unsigned(i) / p.head_dim, d = i - head * p.head_dim;
-        const long long at = ((long long)sequence * p.n_head + head) * p.n_splits;
-        Weighted all;
-        for (unsigned s = 0; s < n; s += Weighted::AT_ONCE) {
-            const float* sums = p.sums + (at + s) * p.head_dim + d;
-            all.add(p.peaks + at + s, p.totals + at + s, sums, p.head_dim, n - s);
-        }
-        y = all.sum / all.total;
-        p.a[(long long)t * cols + i] = y;
-    }
-    if (p.packed.q) pack_block<1>({y}, p.packed, ((long long)t * cols + i) / QK);
 }
 
 // ---- several tokens of a sequence ----

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..backend import Plan
 from ..config import POSITION_OFFSET
-from ..footprint import ATTENTION_HEADS, BLOCK, DOWN_SPLITS, attention_splits, device_type
+from ..footprint import BLOCK, DOWN_SPLITS, attention_blocks, attention_splits, device_type
 from ..formats import INTEGER_DOT
 from ..gguf import Tensor
 from ..plan import LayerPlacement
@@ -338,32 +338,25 @@ class Builder:
         return launches + _always(rope)
 
     def _attend(self, cache: dict[str, int], wo: Tensor) -> Launches:
-        """Softmax over the cache. Of one token it is rounded, too, where wo wants it."""
+        """Softmax over the cache; of one token rounded, too, where wo wants it."""
         c, at = self._plan.config, self._at
-        n_splits, group = attention_splits(c), c.n_head // c.n_head_kv
-        q_dim, kv_dim, a = c.n_head * c.head_dim, c.n_head_kv * c.head_dim, self._input("a")
+        group, a = c.n_head // c.n_head_kv, self._input("a")
+        q_dim, kv_dim = c.n_head * c.head_dim, c.n_head_kv * c.head_dim
         query = {"q": at["qkv"], "q_stride": q_dim + 2 * kv_dim, "scale": c.head_dim**-0.5}
-        partial = {name: at[f"attention_{name}"] for name in ("sums", "peaks", "totals")}
         reads = {**self._where(), **self._heads(), **cache, **query}
-        split = _launch(
-            f"attend_split_{self._kv}",
-            lambda n: (n_splits, c.n_head_kv * _parts(group, ATTENTION_HEADS), n),
-            group=group,
-            **reads,
-            **partial,
-        )
+        partial = ("sums", "peaks", "totals", "tickets")
+        # Where blocks of 32 numbers lie within a head.
+        packs = device_type(wo.type) in INTEGER_DOT and c.head_dim % 32 == 0
 
-        def combine(packed: tuple[int, int, int]) -> Launch:
+        def split(packed: tuple[int, int, int]) -> Launch:
             return _launch(
-                "attend_combine",
-                lambda n: (_parts(q_dim, 128), n),
-                **{name: at[name] for name in ("counts", "rows", "positions")},
-                n_splits=n_splits,
-                n_head=c.n_head,
-                head_dim=c.head_dim,
+                f"attend_split_{self._kv}",
+                lambda n: (attention_splits(c), attention_blocks(c), n),
+                group=group,
                 a=a.x,
                 packed=packed,
-                **partial,
+                **reads,
+                **{name: at[f"attention_{name}"] for name in partial},
             )
 
         per_tile = 16 if c.head_dim > 128 else 32
@@ -373,10 +366,9 @@ class Builder:
             **reads,
             a=a.x,
         )
-        is_rounded = device_type(wo.type) in INTEGER_DOT
-        one = [split, combine(a.packed if is_rounded else (0, 0, 0))]
+        one = [split(a.packed)] if packs else [split((0, 0, 0)), *self._packed(a, q_dim, wo).one]
         # Of a pass of one text either it is the only token, or none is the only one of its text.
-        alone = [] if len(self._plan.step.pages) == 1 else [split, combine((0, 0, 0))]
+        alone = [] if len(self._plan.step.pages) == 1 else [split((0, 0, 0))]
         return Launches(one, [*alone, tile])
 
     def _predict(self, layer: Layer) -> Launches:

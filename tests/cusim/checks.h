@@ -5,11 +5,17 @@
 // linked) and __ubsan_* where a pointer is misaligned, an index beyond its array, a sum too large.
 //
 // Two accesses to a byte by different threads, of which one writes and not both are atomic, must be
-// ordered: by a __syncthreads, or, in one warp, by a __syncwarp of all lanes. Nothing else orders:
-// not shuffles and votes (as CUDA has it), not atomics or fences. Between blocks nothing does.
+// ordered: by a __syncthreads, or, in one warp, by a __syncwarp of all lanes. Nothing else orders
+// in a block: not shuffles and votes (as CUDA has it), not atomics or fences.
+// Between blocks one thing orders: what comes before a __threadfence and then an atomic on a word
+// of global memory comes before what follows a __threadfence after an atomic on the same word in a
+// block that sees its value. (Blocks run one after the other: that is every later one. Fences are
+// those of the threads that have the atomics; barriers put other threads before or behind them. An
+// order by way of a third block is not seen.)
 // To find every such pair it is enough to keep, of each byte, the last write, and of the reads and
 // of the atomics two, of threads that are as far apart as possible (another block; else another
-// warp; else another thread): whoever conflicts with any of them conflicts with one of these two.
+// warp; else another thread): whoever conflicts with any of them conflicts with one of these two,
+// unless words order those.
 #pragma once
 
 #include <link.h>
@@ -36,9 +42,21 @@ struct Region {
     Cell* cells;
 };
 
-// A part of what a thread does, between two points where it waits for others.
+// A part of what a thread does, between two points where it waits for others, or fences.
 struct Segment {
-    uint32_t block, thread, barriers, syncs;
+    uint32_t block, thread, barriers, syncs, fences;
+};
+
+// A word that a thread has changed by an atomic: after a fence, in `segment`, in a block that has
+// ended or runs; or, in the block that runs, before one (0: which is still to come).
+struct Word {
+    uint64_t address;
+    uint32_t thread, segment;
+};
+
+struct Words {
+    Word* all;
+    unsigned n, room;
 };
 
 static Region* regions;
@@ -48,6 +66,7 @@ static Region *last_region, shared_region;
 // so that what a cell holds of an earlier launch or block, which came before, is known to be old.
 static Segment* segments;
 static uint32_t segment_room, next_segment, first_of_launch, first_of_block;
+static Words offered, taken;  // of the launch; of the block
 static uint64_t image_begin, image_end;  // where this library lies, code and constants
 static uint64_t dynamic_begin, dynamic_size, dynamic_room;
 
@@ -57,7 +76,9 @@ CUSIM_SLOW uint32_t segment_of(Fiber* f) {
     unsigned syncs = f->warp->syncs;
     if (f->segment) {
         const Segment& s = segment(f->segment);
-        if (s.barriers == block.barriers && s.syncs == syncs) return f->segment;
+        if (s.barriers == block.barriers && s.syncs == syncs && s.fences == f->fences) {
+            return f->segment;
+        }
     }
     uint32_t n = next_segment - first_of_launch;
     if (n == segment_room) {
@@ -65,7 +86,7 @@ CUSIM_SLOW uint32_t segment_of(Fiber* f) {
         segments = static_cast<Segment*>(realloc(segments, segment_room * sizeof(Segment)));
         if (!segments) abort();
     }
-    segments[n] = {block.number, f->number, block.barriers, syncs};
+    segments[n] = {block.number, f->number, block.barriers, syncs, f->fences};
     return f->segment = next_segment++;
 }
 
@@ -75,6 +96,58 @@ CUSIM int distance(const Segment& a, const Segment& b) {
     if (a.thread == b.thread || a.barriers != b.barriers) return 0;
     if (a.thread / LANES != b.thread / LANES) return 2;
     return a.syncs == b.syncs;
+}
+
+// Whether what a was comes before what b is, in one block; by the fences, if they are one thread's.
+CUSIM bool is_before(const Segment& a, const Segment& b) {
+    if (a.thread == b.thread) return a.fences < b.fences;
+    const bool is_warp = a.thread / LANES == b.thread / LANES;
+    return a.barriers < b.barriers || (is_warp && a.syncs < b.syncs);
+}
+
+CUSIM_SLOW void add_word(Words& words, Word word) {
+    if (words.n == words.room) {
+        words.room = words.room ? words.room * 2 : 64;
+        words.all = static_cast<Word*>(realloc(words.all, words.room * sizeof(Word)));
+        if (!words.all) abort();
+    }
+    words.all[words.n++] = word;
+}
+
+// The thread changes a word by an atomic, and sees what others did to it.
+CUSIM_SLOW void meet_at(uint64_t address) {
+    Fiber* f = current;
+    for (unsigned i = 0; i < offered.n; i++) {
+        if (offered.all[i].address != address) continue;
+        add_word(taken, {address, f->number, 0});
+        break;
+    }
+    if (f->fenced) add_word(offered, {address, f->number, f->fenced});
+}
+
+CUSIM_SLOW void fence() {
+    Fiber* f = current;
+    const uint32_t before = segment_of(f);
+    for (unsigned i = 0; i < taken.n; i++) {
+        Word& word = taken.all[i];
+        if (word.thread == f->number && !word.segment) word.segment = before;
+    }
+    f->fences++;
+    f->fenced = segment_of(f);
+}
+
+// Whether a word orders a, of a block that has ended, before b, of the one that runs.
+CUSIM_SLOW bool by_word(const Segment& a, const Segment& b) {
+    for (unsigned i = 0; i < taken.n; i++) {
+        const Word& to = taken.all[i];
+        if (!to.segment || !is_before(segment(to.segment), b)) continue;
+        for (unsigned j = 0; j < offered.n; j++) {
+            const Word& from = offered.all[j];
+            if (from.address != to.address || segment(from.segment).block != a.block) continue;
+            if (is_before(a, segment(from.segment))) return true;
+        }
+    }
+    return false;
 }
 
 CUSIM void keep(Touch* two, Touch x, uint32_t oldest) {
@@ -107,7 +180,8 @@ CUSIM void check_order(
     uint32_t oldest) {
     if (other.segment < oldest) return;
     const Segment& s = segment(other.segment);
-    if (distance(segment(x.segment), s) == 0) return;
+    const int apart = distance(segment(x.segment), s);
+    if (apart == 0 || (apart == 3 && by_word(s, segment(x.segment)))) return;
     Fault* f = new_fault(RACE);
     f->address = address;
     f->size = size;
@@ -150,6 +224,7 @@ CUSIM_SLOW void touch(const volatile void* pointer, unsigned size, Access access
     if (used <= dynamic_room && used > dynamic_size && address >= dynamic_begin) {
         fail_access(BOUNDS, address, size, access, place);
     }
+    if (access == ATOMIC && r != &shared_region) meet_at(address);
     uint32_t oldest = r == &shared_region ? first_of_block : first_of_launch;
     Touch x = {segment_of(f), uint32_t(place)};
     for (unsigned i = 0; i < size; i++) {
@@ -208,10 +283,12 @@ CUSIM_SLOW void begin_launch(
         if (!shared_region.cells || !shared_region.written) abort();
     }
     first_of_launch = next_segment = first;
+    offered.n = 0;
 }
 
 CUSIM_SLOW void begin_block() {
     first_of_block = next_segment;
+    taken.n = 0;
     memset(shared_region.written, 0, shared_region.size);
 }
 

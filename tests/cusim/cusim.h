@@ -223,6 +223,7 @@ CUSIM_ATOMIC(atomicMin, x < old ? x : old)
 CUSIM_ATOMIC(atomicOr, old | x)
 CUSIM_ATOMIC(atomicAnd, old & x)
 CUSIM_ATOMIC(atomicXor, old ^ x)
+CUSIM_ATOMIC(atomicInc, old < x ? old + 1 : 0)
 template <class T>
 CUSIM T atomicCAS(T* p, typename cusim::Same<T>::type expected, typename cusim::Same<T>::type x) {
     CUSIM_TOUCH(p, ATOMIC);
@@ -230,9 +231,13 @@ CUSIM T atomicCAS(T* p, typename cusim::Same<T>::type expected, typename cusim::
     if (old == expected) *p = x;
     return old;
 }
+#ifdef CUSIM_CHECK
+CUSIM void __threadfence() { cusim::fence(); }
+#else
 CUSIM void __threadfence() {}
+#endif
 CUSIM void __threadfence_block() {}
-CUSIM void __threadfence_system() {}
+CUSIM void __threadfence_system() { __threadfence(); }
 CUSIM void __nanosleep(unsigned) {}
 template <class T> static __forceinline__ T __ldg(const T* p) { return *p; }
 template <class T> static __forceinline__ T __ldcg(const T* p) { return *p; }

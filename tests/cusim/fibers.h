@@ -74,6 +74,7 @@ struct Fiber {
     unsigned mask, line, stamp;
     bool waits_for_some;     // for a part of its warp
     uint32_t segment;        // what it has done since it last waited; of checks.h
+    uint32_t fences, fenced; // how many so far; its segment since the last one
     uint64_t received[LANES];  // in a collective of a part of its warp
 #ifdef CUSIM_SETJMP
     jmp_buf registers;
@@ -422,7 +423,7 @@ CUSIM_SLOW void run_block(uint64_t* seed) {
             f->index = {f->number % block.size.x, f->number / block.size.x % block.size.y,
                         f->number / (block.size.x * block.size.y)};
             f->waits = NOTHING;
-            f->mask = f->line = f->segment = 0;
+            f->mask = f->line = f->segment = f->fences = f->fenced = 0;
             f->waits_for_some = false;
             w->lanes[f->lane] = f;
             prepare(f, stack_of(f), run_thread);

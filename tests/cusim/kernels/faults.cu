@@ -136,6 +136,30 @@ KERNEL read_beside_atomics(const test_args p) {
     if (!p.wrong) __syncthreads();
     if (threadIdx.x == 63) p.y[1] = p.y[0];  // read_beside_atomics
 }
+// The last block to arrive adds up what each has left; with five faults in the way it finds out.
+enum TicketFault { BARRIER, FENCE, TICKET, SAME_TICKET, FENCE_AFTER };
+template <TicketFault FAULT> __device__ inline void sum_of_the_last(const test_args& p) {
+    __shared__ bool is_last;
+    const auto is_fine = [&](TicketFault fault) { return !p.wrong || fault != FAULT; };
+    const int last = gridDim.x - 1;
+    if (threadIdx.x == 40) p.y[8 + blockIdx.x] = p.x[blockIdx.x];
+    if (is_fine(BARRIER)) __syncthreads();
+    if (threadIdx.x == 0) {
+        if (is_fine(FENCE)) __threadfence();
+        is_last = int(blockIdx.x) == last;
+        if (!is_fine(SAME_TICKET)) atomicAdd(&p.y[blockIdx.x], 1);
+        else if (is_fine(TICKET)) is_last = atomicAdd(&p.y[0], 1) == last;
+        if (is_fine(FENCE_AFTER)) __threadfence();
+    }
+    __syncthreads();
+    if (!is_last || threadIdx.x != 33) return;
+    for (int i = 0; i <= last; i++) p.y[32] += p.y[8 + i];
+}
+KERNEL no_barrier_before_a_ticket(const test_args p) { sum_of_the_last<BARRIER>(p); }
+KERNEL no_fence_before_a_ticket(const test_args p) { sum_of_the_last<FENCE>(p); }
+KERNEL no_ticket(const test_args p) { sum_of_the_last<TICKET>(p); }
+KERNEL not_the_same_ticket(const test_args p) { sum_of_the_last<SAME_TICKET>(p); }
+KERNEL no_fence_after_a_ticket(const test_args p) { sum_of_the_last<FENCE_AFTER>(p); }
 
 // ---- threads that do not meet ----
 

@@ -11,11 +11,13 @@ struct test_args {
 extern "C" __global__ void __launch_bounds__(1024) atomics(const test_args p) {
     __shared__ int s;
     __shared__ float f;
+    __shared__ unsigned turn;
     const int t = threadIdx.x, x = p.x[t];
-    if (t == 0) s = 0, f = 0;
+    if (t == 0) s = 0, f = 0, turn = 0;
     __syncthreads();
     atomicAdd(&s, 1);
     atomicAdd(&f, 0.5f);
+    atomicInc(&turn, 6);
     p.y[8 + t] = atomicAdd(&p.y[0], 3);
     atomicSub(&p.y[1], x);
     atomicMax(&p.y[2], x);
@@ -24,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(1024) atomics(const test_args p) {
     atomicXor((unsigned*)&p.y[5], unsigned(x));
     for (int old = 0, seen; (seen = atomicCAS(&p.y[6], old, old + 2)) != old;) old = seen;
     __syncthreads();
-    if (t == 0) p.y[7] = s + int(2 * f) + atomicExch(&s, 0) + atomicAnd(&s, 0);
+    if (t == 0) p.y[7] = s + int(2 * f) + atomicExch(&s, 0) + atomicAnd(&s, 0) + int(turn);
 }
 
 // y = running sums of x
