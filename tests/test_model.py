@@ -59,10 +59,9 @@ def test_chunks_change_nothing(outtype, predictors, tiny_gguf):
     whole = logits(path, ids, backend="cpu", chunk=64)
     for chunk in (7, 31):
         assert np.array_equal(logits(path, ids, backend="cpu", chunk=chunk), whole)
-    # A token on its own takes another path: the order of sums differs, and what rows of down are
-    # multiplied by (axpy.py); by as little, activations fall on either side of an edge.
+    # A token on its own takes another path: the order of sums differs.
     one_by_one = logits(path, ids, backend="cpu", chunk=1)
-    assert kl(whole, one_by_one) < (1e-3 if outtype in ("q8_0", "q4_0") else 5e-8)
+    assert kl(whole, one_by_one) < (5e-4 if outtype in ("q8_0", "q4_0") else 5e-8)
 
 
 def test_chunks_change_nothing_in_reference(tiny_gguf):

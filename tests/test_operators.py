@@ -50,7 +50,7 @@ class Pair:
 
 
 def check(ours, theirs, rounds):
-    """Compare [n_tok, n] to 1e-5 of each token's largest value; with integers to 4e-5 (axpy.py).
+    """Compare [n_tok, n] to 1e-5 of each token's largest value.
 
     Where activations are rounded to int8 after float sums of another order, a value on the edge
     may round the other way: one token in ten may then be off by a step.
@@ -60,7 +60,7 @@ def check(ours, theirs, rounds):
     if not rounds:
         assert error.max() < 1e-5
     else:
-        assert np.count_nonzero(error >= 4e-5) <= max(1, len(error) // 10)
+        assert np.count_nonzero(error >= 1e-5) <= max(1, len(error) // 10)
         assert error.max() < 2e-2
 
 
@@ -185,7 +185,7 @@ def test_masks_of_none_and_all(type_, tiny_gguf):
     for n_tok in (1, 3):
         assert np.array_equal(results[1, "predicted", n_tok], results[0, "exact", n_tok])
     # One token and several are summed in different orders.
-    check(results[0, "exact", 1], results[0, "exact", 3][:1], type_[0] == "q")
+    check(results[0, "exact", 1], results[0, "exact", 3][:1], False)
 
 
 @pytest.mark.parametrize("mode", ["predicted", "exact", "dense"])

@@ -2,14 +2,14 @@
 
 Float formats are added two rows at a time, one after the other, so that y is read and written half
 as often. Q4_0 and Q8_0 are added GROUP rows at a time, in integers: what a row's block of 32
-weights is multiplied by, its value * d, is rounded to 16 bits of the largest of the group's,
+weights is multiplied by, its value * d, is rounded to 24 bits of the largest of the group's,
 
     y [32] += s * sum over the group of k * q
-    s = max over the group of |value * d| / K_MAX,  k = rint(value * d / s) = 256 * upper + lower
+    s = max over the group of |value * d| / K_MAX,  k = rint(value * d / s)
 
-with two signed bytes for k, so that the integer dot products of DOTS multiply four rows at once:
-per weight that is a quarter of what floats take. The sums are exact; k is 256 times as fine as the
-rounded activations of a dot product (rows.py). Bytes: the rows, once.
+which are as fine as floats; k is three signed bytes, so that integer dot products, as in rows.py,
+multiply four rows at once: per weight that is less than half of what floats take. The sums of each
+byte are exact. Bytes: the rows, once.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from .rows import BF16, F16, F32, Q4_0, Q8_0, fetch_far, load1, load16, row_at, 
 from .simd import (
     absolute,
     add_i32,
-    byte_of,
     copy_u16,
     divide,
     dot_bytes,
     dot_nibbles,
     fma,
     fma1,
+    four_bytes,
     high_nibbles,
     load_4_rows,
     load_f16x16,
     load_f32,
     load_f32x16,
     load_i32,
+    load_i32x16,
     load_i64,
     load_q4_0_scales,
     low_nibbles,
     maximum,
     mul,
-    or_i32,
+    next_byte,
     prefetch,
     scale_i32,
-    shift_left,
     splat,
     splat_4_bytes,
     splat_i32,
@@ -53,48 +53,35 @@ from .simd import (
     store_f32x16,
     store_i32x16,
     store_i64,
+    sum_4_bytes,
     to_f32,
     to_i32,
 )
 
 GROUP = 16  # rows
-K_MAX = 127 * 256
+K_MAX = 127 << 16
 _BLOCKS = 16  # of 32 columns each, whose factors are made together
 _LEAST = np.float32(1e-30)  # a group's largest factor: below, its reciprocal would overflow
 
 # On the stack, bytes: addresses of rows [GROUP], of rows to be fetched [GROUP], values float32
-# [GROUP], the halves of a row's blocks, factors float32 [GROUP, _BLOCKS], upper and lower bytes of
-# k for four rows each [GROUP / 4, _BLOCKS, 4], what sums begin with int32 [_BLOCKS], s float32
-# [_BLOCKS].
+# [GROUP], the halves of a row's blocks, factors float32 [GROUP, _BLOCKS], s float32 [_BLOCKS]; and
+# of each of the three bytes of k, the lowest first, those of four rows [GROUP / 4, _BLOCKS, 4] and
+# what its sums begin with, int32 [_BLOCKS].
 _NEXT = 8 * GROUP
 _VALUES = _NEXT + 8 * GROUP
 _HALVES = _VALUES + 4 * GROUP
 _FACTORS = _HALVES + 64
-_UPPER = _FACTORS + 4 * GROUP * _BLOCKS
-_LOWER = _UPPER + GROUP * _BLOCKS
-_BEGIN = _LOWER + GROUP * _BLOCKS
-_SCALES = _BEGIN + 4 * _BLOCKS
-assert _SCALES + 4 * _BLOCKS <= 4096
+_SCALES = _FACTORS + 4 * GROUP * _BLOCKS
+_BYTES = _SCALES + 4 * _BLOCKS
+_BEGIN = GROUP * _BLOCKS
+_SIZE = _BEGIN + 4 * _BLOCKS
+assert _BYTES + 3 * _SIZE <= 4096
 
 
 @inline
 def _k(stack, j, scale):
     """k of row j, int32 x 16."""
     return to_i32(mul(load_f32x16(stack + _FACTORS + 64 * j), scale))
-
-
-@inline
-def _bytes(k0, k1, k2, k3, shift):
-    """Bytes of four int32, those that are `shift` bits up, in one."""
-    even = or_i32(
-        byte_of(k0, np.int32(shift), np.int32(0)), byte_of(k1, np.int32(shift), np.int32(8))
-    )
-    return or_i32(
-        even,
-        or_i32(
-            byte_of(k2, np.int32(shift), np.int32(16)), byte_of(k3, np.int32(shift), np.int32(24))
-        ),
-    )
 
 
 @inline
@@ -113,18 +100,29 @@ def _factors(type_, stack, first, n_blocks, n_rows):
         factors = mul(scales, splat(load_f32(stack + _VALUES + 4 * j)))
         store_f32x16(stack + _FACTORS + 64 * j, factors)
         largest = maximum(absolute(factors), largest)
-    scale, total = divide(splat(np.float32(K_MAX)), largest), splat_i32(np.int32(0))
+    scale, zero = divide(splat(np.float32(K_MAX)), largest), splat_i32(np.int32(0))
     store_f32x16(stack + _SCALES, mul(largest, splat(np.float32(1 / K_MAX))))
+    for part in range(3):
+        store_i32x16(stack + _BYTES + _SIZE * part + _BEGIN, zero)
     for j in range(0, n_rows, 4):
         k0, k1 = _k(stack, j, scale), _k(stack, j + 1, scale)
         k2, k3 = _k(stack, j + 2, scale), _k(stack, j + 3, scale)
-        total = add_i32(total, add_i32(add_i32(k0, k1), add_i32(k2, k3)))
-        store_i32x16(stack + _LOWER + 16 * j, _bytes(k0, k1, k2, k3, 0))
-        half = splat_i32(np.int32(128))  # the lower byte is signed
-        k0, k1, k2, k3 = add_i32(k0, half), add_i32(k1, half), add_i32(k2, half), add_i32(k3, half)
-        store_i32x16(stack + _UPPER + 16 * j, _bytes(k0, k1, k2, k3, 8))
-    # Nibbles are weights + 8; of bytes see dot_bytes.
-    store_i32x16(stack + _BEGIN, scale_i32(total, np.int32(-8 if type_ == Q4_0 else -Q8_BIAS)))
+        for part in range(3):
+            at = stack + _BYTES + _SIZE * part
+            quad = four_bytes(k0, k1, k2, k3)
+            store_i32x16(at + 16 * j, quad)
+            # Nibbles are weights + 8; of bytes see dot_bytes.
+            total = sum_4_bytes(quad)
+            extra = scale_i32(total, np.int32(-8 if type_ == Q4_0 else -Q8_BIAS))
+            store_i32x16(at + _BEGIN, add_i32(load_i32x16(at + _BEGIN), extra))
+            k0, k1, k2, k3 = next_byte(k0), next_byte(k1), next_byte(k2), next_byte(k3)
+
+
+@inline
+def _whole(a, b, c):
+    """Put the sums of three bytes together: they may be more than an int32 holds."""
+    byte = splat(np.float32(256))
+    return fma(fma(to_f32(c), byte, to_f32(b)), byte, to_f32(a))
 
 
 @inline
@@ -142,27 +140,36 @@ def _add_group(type_, stack, n, n_rows, y):
             quants, following = block_bytes * (first + b) + 2, load_i64(stack + _NEXT + 8 * b)
             if following != 0:
                 fetch_far(following + block_bytes * first, block_bytes * n_blocks)
-            upper0 = lower0 = upper1 = lower1 = splat_i32(np.int32(0))
+            at = stack + _BYTES + 4 * b
+            a0 = a1 = splat_i32(load_i32(at + _BEGIN))
+            b0 = b1 = splat_i32(load_i32(at + _SIZE + _BEGIN))
+            c0 = c1 = splat_i32(load_i32(at + 2 * _SIZE + _BEGIN))
             for j in range(0, n_rows, 4):
                 r, s = load_i64(stack + 8 * j) + quants, load_i64(stack + 8 * j + 8) + quants
                 t, u = load_i64(stack + 8 * j + 16) + quants, load_i64(stack + 8 * j + 24) + quants
-                upper = splat_4_bytes(load_i32(stack + _UPPER + 16 * j + 4 * b))
-                lower = splat_4_bytes(load_i32(stack + _LOWER + 16 * j + 4 * b))
+                ka = splat_4_bytes(load_i32(at + 16 * j))
+                kb = splat_4_bytes(load_i32(at + _SIZE + 16 * j))
+                kc = splat_4_bytes(load_i32(at + 2 * _SIZE + 16 * j))
                 weights = load_4_rows(r, s, t, u)
                 if type_ == Q4_0:
                     x0, x1 = low_nibbles(weights), high_nibbles(weights)
-                    upper0, lower0 = dot_nibbles(upper0, x0, upper), dot_nibbles(lower0, x0, lower)
-                    upper1, lower1 = dot_nibbles(upper1, x1, upper), dot_nibbles(lower1, x1, lower)
+                    a0, b0, c0 = (
+                        dot_nibbles(a0, x0, ka),
+                        dot_nibbles(b0, x0, kb),
+                        dot_nibbles(c0, x0, kc),
+                    )
+                    a1, b1, c1 = (
+                        dot_nibbles(a1, x1, ka),
+                        dot_nibbles(b1, x1, kb),
+                        dot_nibbles(c1, x1, kc),
+                    )
                 else:
                     x0, x1 = weights, load_4_rows(r + 16, s + 16, t + 16, u + 16)
-                    upper0, lower0 = dot_bytes(upper0, x0, upper), dot_bytes(lower0, x0, lower)
-                    upper1, lower1 = dot_bytes(upper1, x1, upper), dot_bytes(lower1, x1, lower)
-            begin = splat_i32(load_i32(stack + _BEGIN + 4 * b))
-            sum0 = add_i32(add_i32(begin, lower0), shift_left(upper0, np.int32(8)))
-            sum1 = add_i32(add_i32(begin, lower1), shift_left(upper1, np.int32(8)))
+                    a0, b0, c0 = dot_bytes(a0, x0, ka), dot_bytes(b0, x0, kb), dot_bytes(c0, x0, kc)
+                    a1, b1, c1 = dot_bytes(a1, x1, ka), dot_bytes(b1, x1, kb), dot_bytes(c1, x1, kc)
             to, scale = y + 128 * (first + b), splat(load_f32(stack + _SCALES + 4 * b))
-            store_f32x16(to, fma(to_f32(sum0), scale, load_f32x16(to)))
-            store_f32x16(to + 64, fma(to_f32(sum1), scale, load_f32x16(to + 64)))
+            store_f32x16(to, fma(_whole(a0, b0, c0), scale, load_f32x16(to)))
+            store_f32x16(to + 64, fma(_whole(a1, b1, c1), scale, load_f32x16(to + 64)))
 
 
 @inline

@@ -215,11 +215,26 @@ def and_i32(b, x, mask):
     return b.and_(x, splat_to(b, mask, I32x16.llvm))
 
 
-@op(I32x16, I32x16, int32, int32)
-def byte_of(b, x, shift, to):
-    """Return the byte that is `shift` bits up, `to` bits up."""
-    byte = b.and_(b.lshr(x, splat_to(b, shift, x.type)), constant(x.type, 255))
-    return b.shl(byte, splat_to(b, to, x.type))
+@op(I32x16, I32x16, I32x16, I32x16, I32x16)
+def four_bytes(b, x0, x1, x2, x3):
+    """Put the lowest bytes of four numbers into one, the first lowest."""
+    total = constant(I32x16.llvm, 0)
+    for i, x in enumerate((x0, x1, x2, x3)):
+        byte = b.and_(x, constant(x.type, 255))
+        total = b.or_(total, b.shl(byte, constant(x.type, 8 * i)))
+    return total
+
+
+@op(I32x16, I32x16)
+def next_byte(b, x):
+    """(x - its lowest byte, signed) / 256."""
+    return b.ashr(b.add(x, constant(x.type, 128)), constant(x.type, 8))
+
+
+@op(I32x16, I32x16)
+def sum_4_bytes(b, x):
+    """Return the sum of the 4 signed bytes of each number."""
+    return dot_unsigned(b, constant(x.type, 0), constant(I8x64.llvm, 1), b.bitcast(x, I8x64.llvm))
 
 
 @op(I32x16, I32x16, int32)
