@@ -12,19 +12,22 @@ from .simd import atomic_load, atomic_store, load_i64, pause, yield_core
 
 _SPINS = 1000  # looks before the core is offered to others
 
-EXCHANGE = layout("flag answer base number patience stop")
+EXCHANGE = layout("flag answer base early number patience stop")
 
 
 @inline
-def _value(exchange):
-    """Return the number of an exchange: in a token, from where the token's numbers begin."""
-    return load_i64(arg(exchange, EXCHANGE.base)) + arg(exchange, EXCHANGE.number)
+def _value(exchange, number):
+    """Return a number of an exchange: in a token, from where the token's numbers begin."""
+    return load_i64(arg(exchange, EXCHANGE.base)) + arg(exchange, number)
 
 
 @inline
-def has_come(exchange):
-    """Wait for the device to come to an exchange; False, and stop = 1, if that takes too long."""
-    flag, value, looks = arg(exchange, EXCHANGE.flag), _value(exchange), 0
+def has_come(exchange, number):
+    """Wait for the device to come to a number; False, and stop = 1, if that takes too long.
+
+    EXCHANGE.number says that all is there that an exchange needs, EXCHANGE.early that the input is.
+    """
+    flag, value, looks = arg(exchange, EXCHANGE.flag), _value(exchange, number), 0
     # Of the flag the device writes the lower 32 bits, which wrap.
     while (atomic_load(flag) - value) & 0x80000000:
         if looks >= arg(exchange, EXCHANGE.patience):
@@ -46,13 +49,13 @@ def is_late(exchange):
 @inline
 def answer(exchange):
     """Let the device go on from an exchange."""
-    atomic_store(arg(exchange, EXCHANGE.answer), _value(exchange))
+    atomic_store(arg(exchange, EXCHANGE.answer), _value(exchange, EXCHANGE.number))
 
 
 @job
 def await_flag(args, control, epoch, thread):
     """Wait for the device to come to an exchange, args."""
     while take(control, 0, epoch, 1) >= 0:
-        has_come(args)
+        has_come(args, EXCHANGE.number)
         finish(control, 0)
     wait(control, 0, epoch, 1)

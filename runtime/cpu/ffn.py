@@ -23,7 +23,7 @@ import numpy as np
 from ..step import FIRED, HALF_FIRED
 from .axpy import GROUP
 from .block import MATRIX, layout
-from .exchange import answer, has_come, is_late
+from .exchange import EXCHANGE, answer, has_come, is_late
 from .jit import arg, function, inline, job
 from .matmul import (
     ADD,
@@ -300,9 +300,9 @@ def ffn(args, control, epoch, thread):
     """x [n_embd] += FFN(h); counts what was read and what fired.
 
     Phases: 0 list the predicted neurons, 1 decider and up, 2 down; 5 down in the standard layout.
-    A part of another backend's FFN has x = that. The other has made the list and h: it is packed in
-    phase 0. In an exchange with it the job waits before, and answers at the end; where waiting
-    takes too long it is not done.
+    A part of another backend's FFN has x = that. The other has made the list and h, which is packed
+    in phase 0. In an exchange with it the job waits for either, and answers at the end; where
+    waiting takes too long it is not done.
     """
     decider, exchange = args + 8 * FFN.decider, arg(args, FFN.exchange)
     n_ff, n_embd = arg(decider, MATRIX.rows), arg(decider, MATRIX.cols)
@@ -311,18 +311,23 @@ def ffn(args, control, epoch, thread):
     scratch = arg(args, FFN.scratch) + thread * arg(args, FFN.scratch_bytes)
     n_threads = arg(args, FFN.n_threads)
 
-    n_tasks = (n_embd + PIECE - 1) // PIECE if is_part else 1 if has_mask else 0
+    is_packed = is_part and n_embd % 32 == 0
+    n_pieces = (n_embd + PIECE - 1) // PIECE if is_packed else 0
+    n_tasks = n_pieces + (1 if has_mask else 0)
     while True:
         task = take(control, 0, epoch, n_tasks)
         if task < 0:
             break
-        if task == 0:
+        if task < n_pieces:
+            if exchange == 0 or has_come(exchange, EXCHANGE.early):
+                h, packs, first = arg(args, FFN.h), arg(args, FFN.packs), task * PIECE
+                pack_piece(h, n_embd, packs, arg(args, FFN.ones), first, first + PIECE)
+        else:
             clear_flags(arg(args, FFN.fired), n_ff)
-        if not is_part:
-            store_i32(n_rows_at, np.int32(list_rows(arg(args, FFN.mask), n_ff, rows)))
-        elif (exchange == 0 or has_come(exchange)) and n_embd % 32 == 0:
-            h, packs, first = arg(args, FFN.h), arg(args, FFN.packs), task * PIECE
-            pack_piece(h, n_embd, packs, arg(args, FFN.ones), first, first + PIECE)
+            if not is_part:
+                store_i32(n_rows_at, np.int32(list_rows(arg(args, FFN.mask), n_ff, rows)))
+            elif exchange != 0:
+                has_come(exchange, EXCHANGE.number)
         finish(control, 0)
     if not wait(control, 0, epoch, n_tasks) or (exchange != 0 and is_late(exchange)):
         return

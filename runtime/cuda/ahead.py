@@ -79,10 +79,10 @@ class AheadTape(Tape):
         if self._steps is None:
             super().wait(name)
         else:
-            self._calls.append((await_flag.address, address(self._block(name))))
+            self._calls.append((await_flag.address, address(self._block(name, name))))
 
-    def exchange(self, name: str) -> Block | None:
-        return super().exchange(name) if self._steps is None else self._block(name)
+    def exchange(self, name: str, early: str) -> Block | None:
+        return super().exchange(name, early) if self._steps is None else self._block(name, early)
 
     def host(self, work: Callable[[], Any]) -> None:
         if self._steps is not None:
@@ -119,13 +119,14 @@ class AheadTape(Tape):
 
         return play if n else steps
 
-    def _block(self, name: str) -> Block:
-        """Return the argument block of a mark's exchange."""
+    def _block(self, name: str, early: str) -> Block:
+        """Return the argument block of an exchange."""
         block = build(
             EXCHANGE,
             flag=self._flag,
             answer=self._answer,
             base=self._base,
+            early=self._numbers[early],
             number=self._numbers[name],
             patience=PATIENCE,
             stop=self._stop,

@@ -259,6 +259,8 @@ class CUDA:
             self.cpu.ffn_norm(il)
             return
         self._run(layer.ffn_norm)
+        if layer.has_cold:
+            self._tape.mark("h")
         if self.plan.mode != "predicted":
             self._divide(layer, layer.compact)
 
@@ -299,7 +301,7 @@ class CUDA:
             self._streaming.run(il, self._replacer.slots[il], self._n)
         self._run(layer.ffn_add)
         if layer.has_cold:
-            part = functools.partial(self.cpu.ffn_part, il, self._tape.exchange("cold"))
+            part = functools.partial(self.cpu.ffn_part, il, self._tape.exchange("cold", early="h"))
             if self._is_capturing:
                 self._tape.jobs(self.cpu.calls(part))
             else:

@@ -70,8 +70,11 @@ class Tape:
         jobs = program(calls)
         self.host(lambda: self.pool.run(jobs))
 
-    def exchange(self, name: str) -> Block | None:
-        """Return what a job has to wait for and to answer; None where the host waits for a mark."""
+    def exchange(self, name: str, early: str) -> Block | None:
+        """Return what a job has to wait for and to answer; None where the host waits for a mark.
+
+        `early`: the mark at which the job's input is there, `name`: that at which all is.
+        """
         self.wait(name)
         return None
 
