@@ -17,13 +17,13 @@ from ..runtime.config import RunOptions
 from ..runtime.engine import N_OUT, choose_context, choose_mode, has_f32_cache
 from ..runtime.errors import RequestError
 from ..runtime.footprint import FIRING, PREDICTED, ModelSizes, model_sizes
-from ..runtime.plan import Rates, plan
+from ..runtime.plan import CROSSING, Rates, plan
 from ..runtime.weights import Model, load_model
 from ..tools.plan import GIB, as_json, as_text
 from ..tools.synth import SHAPES, imagine
 from .arguments import add_mode, at_least, mode_of, say
 
-GPU_BANDWIDTH, LINK = 500.0, 20.0  # GB/s, microseconds
+GPU_BANDWIDTH, LINK = 500.0, 1e6 * CROSSING  # GB/s, microseconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mode(parser)
     add("--gpu-bandwidth", type=_number(above=True), metavar="GB/s", help="default: 500")
     add("--cpu-bandwidth", type=_number(above=True), metavar="GB/s", help="default: measured here")
-    add("--link-us", type=_number(), metavar="US", help="to the CPU and back (default: 20)")
+    add("--link-us", type=_number(), metavar="US", help=f"to the CPU and back (default: {LINK:g})")
     add("--json", action="store_true", help="for programs")
 
 

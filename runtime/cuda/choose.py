@@ -12,7 +12,7 @@ from ..backend import Plan
 from ..config import RunOptions
 from ..errors import RequestError
 from ..footprint import ModelSizes, model_sizes
-from ..plan import Placement, Rates
+from ..plan import CROSSING, Placement, Rates
 from ..plan import plan as make_placement
 from ..weights import Model
 from . import detect
@@ -20,8 +20,6 @@ from .device import Device, DeviceError
 from .operators import CUDA
 
 RESERVE = 512 << 20  # bytes of free GPU memory that are left to others, without a budget
-# Seconds that an exchange between GPU and CPU takes by itself: 3.9 to 4.7 us, an H100 on PCIe 5.
-CROSSING = 5e-6
 _PROBE = 256 << 20  # bytes that are copied to see how fast the device's memory is
 
 
