@@ -10,7 +10,9 @@ called for is over, sees another epoch and leaves without having touched anythin
 read what changes between jobs (how many tasks there are), but write only inside its tasks.
 
 Control block, in 64-byte lines: [epoch] [job address, args address, last epoch]
-then for each phase [epoch << 32 | next task] [epoch << 32 | finished tasks].
+[epoch << 32 | next task, for each phase] [epoch << 32 | finished tasks, for each phase].
+All phases have their counters in the same two lines: one is at work at a time, and a line that
+others have written takes as long to get as a row of weights to read.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ from .simd import (
     yield_core,
 )
 
-PHASES = 6
+PHASES = 6  # at most 8: their counters fit in a line
 _LINE = 64
-_COUNTERS = 2 * _LINE
+_NEXT, _FINISHED = 2 * _LINE, 3 * _LINE
 _BUSY = -1  # the epoch while a job is being published
 _EPOCHS = (1 << 31) - 1
 _SPINS = 1000  # pauses (some 40 us) before the core is offered to others
@@ -47,7 +49,7 @@ _IDLE_YIELDS = 1000  # offers of 64 pauses each (some ms in all) before a worker
 @inline
 def take(control, phase, epoch, n_tasks):
     """Return the next task of a phase, or -1 when there is none left (or the job is over)."""
-    counter = control + _COUNTERS + phase * 2 * _LINE
+    counter = control + _NEXT + 8 * phase
     while True:
         seen = atomic_load(counter)
         if seen >> 32 != epoch:
@@ -62,13 +64,13 @@ def take(control, phase, epoch, n_tasks):
 @inline
 def finish(control, phase):
     """Say that a task taken from this phase is done; return how many were before."""
-    return atomic_add(control + _COUNTERS + phase * 2 * _LINE + _LINE, 1) & 0xFFFFFFFF
+    return atomic_add(control + _FINISHED + 8 * phase, 1) & 0xFFFFFFFF
 
 
 @inline
 def wait(control, phase, epoch, n_tasks):
     """Wait until all tasks of a phase are done; False when the job is over already."""
-    counter = control + _COUNTERS + phase * 2 * _LINE + _LINE
+    counter = control + _FINISHED + 8 * phase
     spins = 0
     while True:
         seen = atomic_load(counter)
@@ -85,9 +87,8 @@ def wait(control, phase, epoch, n_tasks):
 @inline
 def _set_counters(control, epoch):
     for phase in range(PHASES):
-        counters = control + _COUNTERS + phase * 2 * _LINE
-        atomic_store(counters, epoch << 32)
-        atomic_store(counters + _LINE, epoch << 32)
+        atomic_store(control + _NEXT + 8 * phase, epoch << 32)
+        atomic_store(control + _FINISHED + 8 * phase, epoch << 32)
 
 
 @inline
@@ -151,7 +152,7 @@ class _Shared:
     """What the worker threads hold on to; never the Pool, so that it can be collected."""
 
     def __init__(self) -> None:
-        memory = np.zeros(_COUNTERS + PHASES * 2 * _LINE + _LINE, np.uint8)
+        memory = np.zeros(_FINISHED + 2 * _LINE, np.uint8)
         self.memory = memory
         self.control = -(-memory.ctypes.data // _LINE) * _LINE
         self.condition = threading.Condition()
