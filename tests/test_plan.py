@@ -294,7 +294,7 @@ def test_budgets_that_some_layers_just_fit(name):
     m = model_sizes(synth.imagine(name), "predicted", 1024)
     own = [layer.dense + layer.cache for layer in m.layers]
     for taken in m.head + m.workspace + m.graphs + m.windows + np.cumsum(own):
-        for more in (-1, 0, 1, 1 << 20, 4 << 20):
+        for more in (0, 1 << 20):
             p = plan(m, CARD, int(taken) + more)
             assert p.used == recount(m, p) <= taken + more
 
