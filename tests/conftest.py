@@ -127,6 +127,18 @@ def tiny_gguf(
     return make
 
 
+@pytest.fixture(scope="session")
+def broad_gguf(
+    tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Path
+) -> Callable[[str], Path]:
+    """Type name -> GGUF file of a tiny model whose rows are cut into pieces: tiny.BROAD."""
+    folder = tmp_path_factory.mktemp("broad")
+    checkpoint = tiny.write_checkpoint(tiny.BROAD, folder / "checkpoint")
+    (checkpoint / "tokenizer.model").write_bytes(small_tokenizer.read_bytes())
+    predictors = random_predictors(tiny.BROAD, folder / "predictors", 64)
+    return lambda name: convert(checkpoint, folder / f"{name}.gguf", name, predictors)
+
+
 def random_blocks(type_: GGMLType, rows: int, cols: int, rng: np.random.Generator) -> np.ndarray:
     """Random bytes of a format, with scales that make weights of a common size."""
     block, size = BLOCK_SIZES[type_]

@@ -1,10 +1,12 @@
 """Decoding that is queued ahead: the same bits as with a host between graphs; and no wait hangs."""
 
+import contextlib
 import functools
 import os
 import signal
 import threading
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -80,13 +82,10 @@ def test_numbers_wrap(start, model, right):
         assert tape._last == start + 4 * 5  # of each layer two marks
 
 
-@pytest.mark.parametrize("kind", ["llama", "falcon, one layer"])
-def test_a_token_is_one_program(kind, model, right, monkeypatch):
-    """While the device goes on by itself, the CPU waits in its jobs, and Python does nothing."""
-    path, where = of_kind(model, kind)
-    device, expected, stops = FakeDevice(), right(path, where), []
-    device.patience, lock, is_over = 50_000_000, threading.Lock(), threading.Event()
-    poll, run = device.poll, Pool.run
+@contextlib.contextmanager
+def by_itself(device):
+    """Let a device go on in a thread of its own: jobs can wait for it."""
+    lock, is_over, poll = threading.Lock(), threading.Event(), device.poll
 
     def locked_poll():
         with lock:
@@ -97,22 +96,52 @@ def test_a_token_is_one_program(kind, model, right, monkeypatch):
             locked_poll()
             time.sleep(0)
 
+    thread = threading.Thread(target=go_on)
+    with mock.patch.object(device, "poll", locked_poll):
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+
+
+def patient():
+    """Return a device that jobs wait for as long as it takes."""
+    device = FakeDevice()
+    device.patience = 50_000_000
+    return device
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon, one layer"])
+def test_a_token_is_one_program(kind, model, right, monkeypatch):
+    """While the device goes on by itself, the CPU waits in its jobs, and Python does nothing."""
+    path, where = of_kind(model, kind)
+    device, expected, stops, run = patient(), right(path, where), [], Pool.run
+
     def noting_run(pool, jobs, stop=0):
         stops.append(stop)
         return run(pool, jobs, stop)
 
     with hybrid(path, where, device) as llm:
-        monkeypatch.setattr(device, "poll", locked_poll)
         monkeypatch.setattr(Pool, "run", noting_run)
-        thread = threading.Thread(target=go_on)
-        thread.start()
-        try:
+        with by_itself(device):
             found = decoded(llm)
-        finally:
-            is_over.set()
-            thread.join()
     assert np.array_equal(found, expected)
     assert np.count_nonzero(stops) == 3  # a token each
+
+
+@pytest.mark.parametrize("is_left_out", [False, True])
+def test_the_wait_for_the_input_is_needed(is_left_out, model, right):
+    path, where = of_kind(model, "llama")
+    device, expected = patient(), right(path, where)
+    with hybrid(path, where, device) as llm:
+        for block in llm._ops._tape._blocks:
+            if is_left_out:
+                block[exchange.EXCHANGE.early] = -(1 << 20)
+        with by_itself(device):
+            found = decoded(llm)
+    assert np.array_equal(found, expected) != is_left_out
 
 
 HAS_COME = np.array([1 << 30])
@@ -132,12 +161,12 @@ def test_every_wait_is_needed(what, model, right, monkeypatch):
         real = getattr(owner, name)
         note_calls(monkeypatch, operators.CUDA, method, inside)
 
-        def wait(tape, *marks, **early):
+        def wait(tape, *marks):
             if not inside or tape._steps is None:
-                return real(tape, *marks, **early)
+                return real(tape, *marks)
             if name == "wait":
                 return None
-            block = real(tape, *marks, **early)  # of which the answer stays
+            block = real(tape, *marks)  # of which the answer stays
             block[exchange.EXCHANGE.flag] = address(HAS_COME)
             return block
 

@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import tiny
-from conftest import convert
+from conftest import convert, kl
 from cuda_engine import (
     IDS,
     KINDS,
@@ -166,6 +166,17 @@ def test_chunks_and_neighbours_change_nothing(model):
         assert np.array_equal(llm.logits(IDS), whole)
     with hybrid(path, where, chunk=1) as llm:  # another order of sums
         close_enough(llm.logits(IDS), whole, "q8_0")
+
+
+def test_rows_in_pieces(broad_gguf):
+    """The CPU's part packs its input in pieces, and has columns shared between its threads."""
+    path, found = broad_gguf("q4_0"), []
+    for threads in (1, 8):
+        with hybrid(path, on_gpu(0.3, 2), threads=threads, chunk=1) as ours:
+            found.append(ours.logits(IDS[:12]))
+    with on_cpu(path, chunk=1) as cpu:
+        assert kl(cpu.logits(IDS[:12]), found[0]) < 5e-3  # see test_operators on this model
+    assert np.array_equal(*found)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import tiny
+from conftest import kl
 from powerinfer.runtime.cache import Sequence
 from powerinfer.runtime.config import RunOptions
+from powerinfer.runtime.cpu import ffn
 from powerinfer.runtime.engine import Engine
 from powerinfer.runtime.reference import Reference, activate, layer_norm, rms_norm, rope
 
@@ -77,6 +79,18 @@ def test_operators(name, type_, mode, n_tok, tiny_gguf):
 @pytest.mark.parametrize("type_", OTHERS + TYPES)
 def test_operators_on_every_format(type_, mode, n_tok, wide_gguf):
     compare_operators(wide_gguf(type_), type_ in ("q8_0", "q4_0"), mode, n_tok)
+
+
+@pytest.mark.parametrize("type_", ["f16", "q8_0", "q4_0"])
+def test_threads_share_columns(type_, broad_gguf):
+    """With many threads some have the same neurons, and each some of the columns."""
+    path, found = broad_gguf(type_), []
+    assert ffn._columns.py_func(1088, 2) == 1088 and ffn._columns.py_func(1088, 8) == 512
+    for options in ({"threads": 1}, {"threads": 3}, {"threads": 8}, {"backend": "numpy"}):
+        with Engine(path, RunOptions(context=64, chunk=1, **options)) as llm:
+            found.append(llm.logits(tiny.token_ids()[:12]))
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+    assert kl(found[3], found[0]) < (5e-3 if type_[0] == "q" else 1e-7)  # of many rows, many edges
 
 
 @pytest.mark.parametrize("mode", MODES)

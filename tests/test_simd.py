@@ -127,6 +127,7 @@ test_simd.check_half()
 test_simd.check_dots()
 test_simd.check_exp()
 test_rows.check_rows([t for t in test_rows.TYPES if t.name in ("F16", "Q4_0", "Q8_0", "Q6_K")])
+test_rows.check_sums(test_rows.SUMMED)
 for path, out in {paths!r}.items():
     with powerinfer.open(path, isa={name!r}) as llm:
         np.save(out, llm.logits({heldout_ids[:64]}))

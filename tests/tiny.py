@@ -203,6 +203,8 @@ MODELS = {
 }
 # Not compared with transformers: rows of 256, for the formats that need them.
 WIDE = Tiny(n_embd=256, n_ff=512, n_head=4, n_head_kv=2, head_dim=64)
+# Nor this: rows that are no multiple of what threads share them by.
+BROAD = Tiny(n_embd=1088, n_ff=640, n_head=4, n_head_kv=2, head_dim=64)
 DENSE = ("swiglu", "falcon_gelu")  # activations that never fall silent
 
 

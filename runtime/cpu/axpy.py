@@ -2,14 +2,14 @@
 
 Float formats are added two rows at a time, one after the other, so that y is read and written half
 as often. Q4_0 and Q8_0 are added GROUP rows at a time, in integers: what a row's block of 32
-weights is multiplied by, its value * d, is rounded to 24 bits of the largest of the group's,
+weights is multiplied by, its value * d, is rounded to 22 bits of the largest of the group's,
 
     y [32] += s * sum over the group of k * q
     s = max over the group of |value * d| / K_MAX,  k = rint(value * d / s)
 
-which are as fine as floats; k is three signed bytes, so that integer dot products, as in rows.py,
-multiply four rows at once: per weight that is less than half of what floats take. The sums of each
-byte are exact. Bytes: the rows, once.
+which are as fine as floats; k is three digits, signed bytes, so that integer dot products, as in
+rows.py, multiply four rows at once: per weight that is less than half of what floats take. The sums
+of each digit are exact. Bytes: the rows, once.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .simd import (
     absolute,
     add_i32,
     copy_u16,
+    digit,
     divide,
     dot_bytes,
     dot_nibbles,
@@ -40,9 +41,9 @@ from .simd import (
     load_i64,
     load_q4_0_scales,
     low_nibbles,
-    maximum,
+    maximum_or_nan,
     mul,
-    next_byte,
+    next_digits,
     prefetch,
     scale_i32,
     splat,
@@ -59,23 +60,23 @@ from .simd import (
 )
 
 GROUP = 16  # rows
-K_MAX = 127 << 16
+K_MAX = 127 << 14  # the lower two digits have 7 bits, since dot_bytes takes no -128
 _BLOCKS = 16  # of 32 columns each, whose factors are made together
 _LEAST = np.float32(1e-30)  # a group's largest factor: below, its reciprocal would overflow
 
 # On the stack, bytes: addresses of rows [GROUP], of rows to be fetched [GROUP], values float32
 # [GROUP], the halves of a row's blocks, factors float32 [GROUP, _BLOCKS], s float32 [_BLOCKS]; and
-# of each of the three bytes of k, the lowest first, those of four rows [GROUP / 4, _BLOCKS, 4] and
+# of each of the three digits of k, the lowest first, those of four rows [GROUP / 4, _BLOCKS, 4] and
 # what its sums begin with, int32 [_BLOCKS].
 _NEXT = 8 * GROUP
 _VALUES = _NEXT + 8 * GROUP
 _HALVES = _VALUES + 4 * GROUP
 _FACTORS = _HALVES + 64
 _SCALES = _FACTORS + 4 * GROUP * _BLOCKS
-_BYTES = _SCALES + 4 * _BLOCKS
+_DIGITS = _SCALES + 4 * _BLOCKS
 _BEGIN = GROUP * _BLOCKS
 _SIZE = _BEGIN + 4 * _BLOCKS
-assert _BYTES + 3 * _SIZE <= 4096
+assert _DIGITS + 3 * _SIZE <= 4096
 
 
 @inline
@@ -99,30 +100,32 @@ def _factors(type_, stack, first, n_blocks, n_rows):
             scales = load_f16x16(stack + _HALVES)
         factors = mul(scales, splat(load_f32(stack + _VALUES + 4 * j)))
         store_f32x16(stack + _FACTORS + 64 * j, factors)
-        largest = maximum(absolute(factors), largest)
+        largest = maximum_or_nan(absolute(factors), largest)
     scale, zero = divide(splat(np.float32(K_MAX)), largest), splat_i32(np.int32(0))
     store_f32x16(stack + _SCALES, mul(largest, splat(np.float32(1 / K_MAX))))
     for part in range(3):
-        store_i32x16(stack + _BYTES + _SIZE * part + _BEGIN, zero)
+        store_i32x16(stack + _DIGITS + _SIZE * part + _BEGIN, zero)
     for j in range(0, n_rows, 4):
         k0, k1 = _k(stack, j, scale), _k(stack, j + 1, scale)
         k2, k3 = _k(stack, j + 2, scale), _k(stack, j + 3, scale)
         for part in range(3):
-            at = stack + _BYTES + _SIZE * part
+            at = stack + _DIGITS + _SIZE * part
             quad = four_bytes(k0, k1, k2, k3)
+            if part < 2:
+                quad = four_bytes(digit(k0), digit(k1), digit(k2), digit(k3))
+                k0, k1 = next_digits(k0), next_digits(k1)
+                k2, k3 = next_digits(k2), next_digits(k3)
             store_i32x16(at + 16 * j, quad)
             # Nibbles are weights + 8; of bytes see dot_bytes.
-            total = sum_4_bytes(quad)
-            extra = scale_i32(total, np.int32(-8 if type_ == Q4_0 else -Q8_BIAS))
+            extra = scale_i32(sum_4_bytes(quad), np.int32(-8 if type_ == Q4_0 else -Q8_BIAS))
             store_i32x16(at + _BEGIN, add_i32(load_i32x16(at + _BEGIN), extra))
-            k0, k1, k2, k3 = next_byte(k0), next_byte(k1), next_byte(k2), next_byte(k3)
 
 
 @inline
 def _whole(a, b, c):
-    """Put the sums of three bytes together: they may be more than an int32 holds."""
-    byte = splat(np.float32(256))
-    return fma(fma(to_f32(c), byte, to_f32(b)), byte, to_f32(a))
+    """Put the sums of three digits together: they may be more than an int32 holds."""
+    base = splat(np.float32(128))
+    return fma(fma(to_f32(c), base, to_f32(b)), base, to_f32(a))
 
 
 @inline
@@ -137,10 +140,12 @@ def _add_group(type_, stack, n, n_rows, y):
         n_blocks = min(_BLOCKS, n // 32 - first)
         _factors(type_, stack, first, n_blocks, n_rows)
         for b in range(n_blocks):
-            quants, following = block_bytes * (first + b) + 2, load_i64(stack + _NEXT + 8 * b)
-            if following != 0:
-                fetch_far(following + block_bytes * first, block_bytes * n_blocks)
-            at = stack + _BYTES + 4 * b
+            for j in range(b, GROUP, n_blocks):
+                following = load_i64(stack + _NEXT + 8 * j)
+                if following != 0:
+                    fetch_far(following + block_bytes * first, block_bytes * n_blocks)
+            quants = block_bytes * (first + b) + 2
+            at = stack + _DIGITS + 4 * b
             a0 = a1 = splat_i32(load_i32(at + _BEGIN))
             b0 = b1 = splat_i32(load_i32(at + _SIZE + _BEGIN))
             c0 = c1 = splat_i32(load_i32(at + 2 * _SIZE + _BEGIN))
@@ -176,10 +181,10 @@ def _add_group(type_, stack, n, n_rows, y):
 def _axpys_blocks(type_, w, row_bytes, n, rows, count, next_w, next_rows, values, y):
     """Q4_0 and Q8_0."""
     stack = stack_4k()
-    for j in range(GROUP):
-        store_i64(stack + _NEXT + 8 * j, 0)
     for i in range(0, count, GROUP):
         n_rows = min(GROUP, count - i)
+        for j in range(n_rows, GROUP):
+            store_i64(stack + _NEXT + 8 * j, 0)
         for j in range(n_rows):
             store_i64(stack + 8 * j, w + row_number(rows, i + j) * row_bytes)
             store_f32(stack + _VALUES + 4 * j, load_f32(values + 4 * (i + j)))

@@ -22,6 +22,12 @@ def _value(exchange, number):
 
 
 @inline
+def is_late(exchange):
+    """Return whether somebody has waited too long: the program ends with this job not done."""
+    return atomic_load(arg(exchange, EXCHANGE.stop)) != 0
+
+
+@inline
 def has_come(exchange, number):
     """Wait for the device to come to a number; False, and stop = 1, if that takes too long.
 
@@ -30,7 +36,7 @@ def has_come(exchange, number):
     flag, value, looks = arg(exchange, EXCHANGE.flag), _value(exchange, number), 0
     # Of the flag the device writes the lower 32 bits, which wrap.
     while (atomic_load(flag) - value) & 0x80000000:
-        if looks >= arg(exchange, EXCHANGE.patience):
+        if looks >= arg(exchange, EXCHANGE.patience) or is_late(exchange):
             atomic_store(arg(exchange, EXCHANGE.stop), 1)
             return False
         looks += 1
@@ -38,12 +44,6 @@ def has_come(exchange, number):
         if looks > _SPINS:
             yield_core()
     return True
-
-
-@inline
-def is_late(exchange):
-    """Return whether somebody has waited too long: the program ends with this job not done."""
-    return atomic_load(arg(exchange, EXCHANGE.stop)) != 0
 
 
 @inline

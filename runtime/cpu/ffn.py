@@ -357,8 +357,7 @@ def ffn(args, control, epoch, thread):
         return
 
     if arg(args, FFN.is_transposed) == 0:
-        if standard_down(args, control, epoch, scratch) and exchange != 0:
-            answer(exchange)
+        standard_down(args, control, epoch, scratch)
         return
     n_active = np.int64(load_i32(arg(args, FFN.n_active)))
     width, n_lanes = _columns(n_embd, n_threads), min(max(n_active // LANE, 1), LANES)
@@ -370,9 +369,17 @@ def ffn(args, control, epoch, thread):
             break
         first = task % n_pieces * width
         _down(args, n_active, task // n_pieces, n_lanes, first, min(width, n_embd - first))
-        if finish(control, 2) == n_tasks - 1 and exchange != 0:
-            answer(exchange)
-    wait(control, 2, epoch, n_tasks)
+        if finish(control, 2) == n_tasks - 1:
+            _answer(exchange)
+            finish(control, 2)
+    wait(control, 2, epoch, n_tasks + 1)
+
+
+@function
+def _answer(exchange):
+    """Answer, if this is an exchange, as a last task: nobody goes on before it is done."""
+    if exchange != 0:
+        answer(exchange)
 
 
 @function
@@ -386,20 +393,21 @@ def pack_act(args, t):
 
 @function
 def standard_down(args, control, epoch, scratch):
-    """x += down . act for the layout of dense files: phase 5. True for who is the last to do so."""
+    """x += down . act for the layout of dense files: phase 5."""
     n_tok = np.int64(load_i32(arg(args, FFN.counts)))
     down, n_threads = args + 8 * FFN.down, arg(args, FFN.n_threads)
     n_embd, act = arg(down, MATRIX.rows), arg(args, FFN.act)
     packs, x = arg(args, FFN.act_packs), arg(args, FFN.x)
-    n_tasks, is_last = n_tasks_of(down, n_threads, n_tok), False
+    n_tasks = n_tasks_of(down, n_threads, n_tok)
     while True:
         task = take(control, 5, epoch, n_tasks)
         if task < 0:
             break
         matmul_task(down, task, n_threads, n_tok, act, packs, x, n_embd, ADD, scratch)
-        is_last = finish(control, 5) == n_tasks - 1
-    wait(control, 5, epoch, n_tasks)
-    return is_last
+        if finish(control, 5) == n_tasks - 1:
+            _answer(arg(args, FFN.exchange))
+            finish(control, 5)
+    wait(control, 5, epoch, n_tasks + 1)
 
 
 @job

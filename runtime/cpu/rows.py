@@ -1,4 +1,4 @@
-"""Rows of weights: dot products with packed activations, and axpy; one place per format.
+"""Rows of weights: dot products with packed activations, and widening; one place per format.
 
 Packed activations of one token (`pack`), n columns padded to n_pad = a multiple of 512, planes
 in this order (all offsets are multiples of 64):

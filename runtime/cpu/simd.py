@@ -226,9 +226,16 @@ def four_bytes(b, x0, x1, x2, x3):
 
 
 @op(I32x16, I32x16)
-def next_byte(b, x):
-    """(x - its lowest byte, signed) / 256."""
-    return b.ashr(b.add(x, constant(x.type, 128)), constant(x.type, 8))
+def digit(b, x):
+    """Return x modulo 128 from -64 to 63."""
+    half = constant(x.type, 64)
+    return b.sub(b.and_(b.add(x, half), constant(x.type, 127)), half)
+
+
+@op(I32x16, I32x16)
+def next_digits(b, x):
+    """(x - digit(x)) / 128."""
+    return b.ashr(b.add(x, constant(x.type, 64)), constant(x.type, 7))
 
 
 @op(I32x16, I32x16)
@@ -310,6 +317,12 @@ def fma1(b, x, y, z):
 @op(F32x16, F32x16, F32x16)
 def maximum(b, x, y):
     return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+@op(F32x16, F32x16, F32x16)
+def maximum_or_nan(b, x, y):
+    """The same, but NaN where either is."""
+    return call(b, "llvm.maximum.v16f32", F32x16.llvm, x, y)
 
 
 @op(F32x16, F32x16)
@@ -521,7 +534,10 @@ def dot_nibbles(b, total, nibbles, x):
 
 @op(I32x16, I32x16, I8x64, I8x64)
 def dot_bytes(b, total, w, x):
-    """total + sums of 4 neighbouring products of signed bytes, plus Q8_BIAS * (sums of x)."""
+    """total + sums of 4 neighbouring products of signed bytes, plus Q8_BIAS * (sums of x).
+
+    x must not be -128.
+    """
     return dot_signed(b, total, w, x)
 
 

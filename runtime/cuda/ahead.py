@@ -2,8 +2,8 @@
 other.
 
 Where the CPU has a part of the work there is an exchange of two words in pinned memory. The device
-writes a flag when what the part needs is there, and waits for an answer before what uses it. The
-CPU's parts are one program of the pool, whose jobs poll the flag and answer.
+writes a flag when what the part needs is there, or some of it, and waits for an answer before what
+uses it. The CPU's parts are one program of the pool, whose jobs poll the flag and answer.
 
 The words are numbers that grow from exchange to exchange, so that none is ever reset. Nothing
 waits for ever: a poll that has waited some milliseconds ends the program, for Python to look after
@@ -74,6 +74,10 @@ class AheadTape(Tape):
         self._numbers[name] = self._n
         self._go_on()
         self.stream.write_value(self._flag_at, self._base_at, self._n)
+
+    def mark_early(self, name: str) -> None:
+        if self._steps is not None:
+            self.mark(name)
 
     def wait(self, name: str) -> None:
         if self._steps is None:

@@ -1,9 +1,10 @@
 """The operators of backend.Backend on a GPU, and on the CPU what a placement leaves there.
 
 The hybrid: of a layer's FFN the GPU has some blocks of neurons (slot tables), the CPU the others.
-As soon as the mask is known, the CPU's part of it and the FFN's input go to pinned memory; the GPU
-goes on with its own rows while the CPU does its part, which is added at the end. Layers wholly on
-the CPU are the last ones: x goes there once, and comes back for the head.
+The FFN's input goes to pinned memory as it is made, and, as soon as it is known who is predicted,
+what the CPU has to do. The GPU goes on with its own rows while the CPU does its part, which is
+added at the end. Layers wholly on the CPU are the last ones: x goes there once, and comes back for
+the head.
 
 A token on its own is replayed as graphs, cut where the host has something to do (tape.py,
 ahead.py).
@@ -259,10 +260,10 @@ class CUDA:
             self.cpu.ffn_norm(il)
             return
         self._run(layer.ffn_norm)
-        if layer.has_cold:
-            self._tape.mark("h")
         if self.plan.mode != "predicted":
             self._divide(layer, layer.compact)
+        elif layer.has_cold:
+            self._tape.mark_early("h")
 
     def predict(self, il: int) -> None:
         layer = self._layer(il)
@@ -301,7 +302,8 @@ class CUDA:
             self._streaming.run(il, self._replacer.slots[il], self._n)
         self._run(layer.ffn_add)
         if layer.has_cold:
-            part = functools.partial(self.cpu.ffn_part, il, self._tape.exchange("cold", early="h"))
+            early = "h" if self.plan.mode == "predicted" else "cold"
+            part = functools.partial(self.cpu.ffn_part, il, self._tape.exchange("cold", early))
             if self._is_capturing:
                 self._tape.jobs(self.cpu.calls(part))
             else:

@@ -54,6 +54,9 @@ class Tape:
 
         self.host(record)
 
+    def mark_early(self, name: str) -> None:
+        """Remember a point that only a job waits for: see exchange()."""
+
     def wait(self, name: str) -> None:
         """Let the host wait until the device has come to a mark. DeviceError if it does not."""
         self.host(lambda: wait_until(self._marks[name].is_done))
@@ -73,7 +76,7 @@ class Tape:
     def exchange(self, name: str, early: str) -> Block | None:
         """Return what a job has to wait for and to answer; None where the host waits for a mark.
 
-        `early`: the mark at which the job's input is there, `name`: that at which all is.
+        `early`: the early mark at which the job's input is there, `name`: that at which all is.
         """
         self.wait(name)
         return None
