@@ -21,17 +21,17 @@ from .isa import Q8_BIAS
 from .jit import Kernel, inline
 from .rows import BF16, F16, F32, Q4_0, Q8_0, fetch_far, load1, load16, row_at, row_number, to_fetch
 from .simd import (
-    absolute,
     add_i32,
     copy_u16,
-    digit,
     divide,
     dot_bytes,
     dot_nibbles,
     fma,
     fma1,
     four_bytes,
+    four_digits,
     high_nibbles,
+    largest_magnitude,
     load_4_rows,
     load_f16x16,
     load_f32,
@@ -41,7 +41,6 @@ from .simd import (
     load_i64,
     load_q4_0_scales,
     low_nibbles,
-    maximum_or_nan,
     mul,
     next_digits,
     prefetch,
@@ -100,8 +99,9 @@ def _factors(type_, stack, first, n_blocks, n_rows):
             scales = load_f16x16(stack + _HALVES)
         factors = mul(scales, splat(load_f32(stack + _VALUES + 4 * j)))
         store_f32x16(stack + _FACTORS + 64 * j, factors)
-        largest = maximum_or_nan(absolute(factors), largest)
+        largest = largest_magnitude(factors, largest)
     scale, zero = divide(splat(np.float32(K_MAX)), largest), splat_i32(np.int32(0))
+    h = splat_i32(np.int32(64))
     store_f32x16(stack + _SCALES, mul(largest, splat(np.float32(1 / K_MAX))))
     for part in range(3):
         store_i32x16(stack + _DIGITS + _SIZE * part + _BEGIN, zero)
@@ -111,8 +111,9 @@ def _factors(type_, stack, first, n_blocks, n_rows):
         for part in range(3):
             at = stack + _DIGITS + _SIZE * part
             quad = four_bytes(k0, k1, k2, k3)
-            if part < 2:
-                quad = four_bytes(digit(k0), digit(k1), digit(k2), digit(k3))
+            if part < 2:  # digits are from -64 on
+                k0, k1, k2, k3 = add_i32(k0, h), add_i32(k1, h), add_i32(k2, h), add_i32(k3, h)
+                quad = four_digits(k0, k1, k2, k3)
                 k0, k1 = next_digits(k0), next_digits(k1)
                 k2, k3 = next_digits(k2), next_digits(k3)
             store_i32x16(at + 16 * j, quad)

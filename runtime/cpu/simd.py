@@ -215,27 +215,31 @@ def and_i32(b, x, mask):
     return b.and_(x, splat_to(b, mask, I32x16.llvm))
 
 
-@op(I32x16, I32x16, I32x16, I32x16, I32x16)
-def four_bytes(b, x0, x1, x2, x3):
-    """Put the lowest bytes of four numbers into one, the first lowest."""
+def _four(b: Any, numbers: tuple[Any, ...], mask: int) -> Any:
     total = constant(I32x16.llvm, 0)
-    for i, x in enumerate((x0, x1, x2, x3)):
-        byte = b.and_(x, constant(x.type, 255))
+    for i, x in enumerate(numbers):
+        byte = b.and_(x, constant(x.type, mask))
         total = b.or_(total, b.shl(byte, constant(x.type, 8 * i)))
     return total
 
 
-@op(I32x16, I32x16)
-def digit(b, x):
-    """Return x modulo 128 from -64 to 63."""
-    half = constant(x.type, 64)
-    return b.sub(b.and_(b.add(x, half), constant(x.type, 127)), half)
+@op(I32x16, I32x16, I32x16, I32x16, I32x16)
+def four_bytes(b, x0, x1, x2, x3):
+    """Put the lowest bytes of four numbers into one, the first lowest."""
+    return _four(b, (x0, x1, x2, x3), 255)
+
+
+@op(I32x16, I32x16, I32x16, I32x16, I32x16)
+def four_digits(b, x0, x1, x2, x3):
+    """The same with signed bytes that are the lowest 7 bits, less 64."""
+    digits = b.bitcast(_four(b, (x0, x1, x2, x3), 127), I8x64.llvm)
+    return b.bitcast(b.sub(digits, constant(I8x64.llvm, 64)), I32x16.llvm)
 
 
 @op(I32x16, I32x16)
 def next_digits(b, x):
-    """(x - digit(x)) / 128."""
-    return b.ashr(b.add(x, constant(x.type, 64)), constant(x.type, 7))
+    """x / 128, rounded down."""
+    return b.ashr(x, constant(x.type, 7))
 
 
 @op(I32x16, I32x16)
@@ -320,9 +324,12 @@ def maximum(b, x, y):
 
 
 @op(F32x16, F32x16, F32x16)
-def maximum_or_nan(b, x, y):
-    """The same, but NaN where either is."""
-    return call(b, "llvm.maximum.v16f32", F32x16.llvm, x, y)
+def largest_magnitude(b, x, y):
+    """The larger of |x| and y, which is not negative; NaN where either is."""
+    # Magnitudes are in the order of their bits, NaN above all.
+    bits = b.and_(b.bitcast(x, I32x16.llvm), constant(I32x16.llvm, 0x7FFFFFFF))
+    others = b.bitcast(y, I32x16.llvm)
+    return b.bitcast(b.select(b.icmp_signed(">", bits, others), bits, others), F32x16.llvm)
 
 
 @op(F32x16, F32x16)
