@@ -161,6 +161,19 @@ def test_compact_takes_all_where_nothing_predicts():
     assert (got["cold"] == 0xFF).all() and (got["heat"] == HEAT).all()
 
 
+def test_compact_without_lists():
+    """As for several tokens: all else is the same."""
+    ffn = FFN("f32", n_ff=1500, share=0.3, seed=1)
+    plain, bare = Run(simulator(), ffn), Run(simulator(), ffn)
+    plain.compact()
+    bare.compact(**dict.fromkeys(("list", "n_list", "cold_list", "n_cold")))
+    expected, got = plain.results(), bare.results()
+    for name in ("mask", "cold", "fired", "counters", "heat"):
+        np.testing.assert_array_equal(got[name], expected[name])
+    for name in ("list", "n_list", "cold_list", "n_cold"):
+        assert (got[name] == -1).all()
+
+
 def test_compact_predicts_nothing_of_nan():
     run = Run(simulator(), FFN("f32", share=1))
     scores = np.full((3, 200), np.nan, np.float32)

@@ -10,8 +10,8 @@ struct compact_args {
     const int* n_tok;         // [1]
     const int* slot;          // [ceil(n_ff / 64)]
     unsigned char* mask;      // [n_tok][n_ff] of all predicted neurons
-    int* list;                // [n_tok][n_ff]: the resident ones of them, ascending
-    int* n_list;              // [n_tok]
+    int* list;                // [n_tok][n_ff]: the resident ones of them, ascending; null: not wanted
+    int* n_list;              // [n_tok], with list
     unsigned char* cold;      // [n_tok][n_ff]: predicted and not resident; null: not wanted
     int* cold_list;           // [n_tok][n_ff]: the same, listed; null: not wanted
     int* n_cold;              // [n_tok], with cold_list
@@ -27,8 +27,8 @@ struct compact_args {
 // list[t] = the n with mask[t][n] and slot[n / 64] >= 0; heat, which may wrap, += mask
 // Bytes a token: n_ff * (4 + 3), and 4 a listed neuron; block b reads 2048 * b more, of the caches.
 //
-// A thread has one neuron. How many the blocks before its own have listed, every block counts again
-// by itself: to wait for another would take longer than to read what that reads. The time is that
+// A thread has one neuron. Where there are lists, how many the blocks before its own have listed every
+// block counts again by itself: to wait for another would take longer than to read what that reads. The time is that
 // of two loads that wait for each other, rows and thresholds, slots and scores; all others are made
 // meanwhile. Larger blocks would have less to count again, but more warps that take turns.
 //
@@ -62,7 +62,8 @@ extern "C" __global__ void __launch_bounds__(512) compact(const compact_args p) 
     const float mine = n < p.n_ff ? score(block) : never;
     const int my_slot = n < p.n_ff ? slot(block) : -1;
     int n_hot = 0, n_not = 0;  // before this block
-    for (int from = 0; from < block; resident = which_are_resident(from += WARP)) {
+    const bool is_listed = p.list || p.cold_list;
+    for (int from = 0; is_listed && from < block; resident = which_are_resident(from += WARP)) {
         float theirs[WARP];
 #pragma unroll
         for (int k = 0; k < WARP; k++) {
@@ -103,14 +104,17 @@ extern "C" __global__ void __launch_bounds__(512) compact(const compact_args p) 
         if (these >> lane_id() & 1) list[row + place + __popc(these & lanes_before)] = n;
         return place + __popc(these);
     };
-    const int n_list = append(0, all, p.list);
+    const int n_list = p.list ? append(0, all, p.list) : 0;
     const int n_cold = p.cold_list ? append(1, others, p.cold_list) : 0;
     const bool is_last = blockIdx.x == gridDim.x - 1 && warp_id() == COMPACT_WARPS - 1;
     if (is_last && lane_id() == 0) {
-        p.n_list[t] = n_list;
+        if (p.list) p.n_list[t] = n_list;
         if (p.cold_list) p.n_cold[t] = n_cold;
         count(p.counters, TOKENS, 1);
-        count(p.counters, DECIDER_ROWS, n_list);
+    }
+    if (warp_id() == 0) {
+        const int n_own = warp_sum(lane_id() < COMPACT_WARPS ? own[0][lane_id()] : 0);
+        if (lane_id() == 0) count(p.counters, DECIDER_ROWS, n_own);
     }
 }
 

@@ -163,8 +163,10 @@ class Builder:
             out_add=Launches([], self._packed(a, layer.wo.cols, layer.wo).many) + out,
             ffn_norm=self._norm(layer.ffn_norm, layer.ffn_norm_bias, h, host=host_h),
             predict=self._predict(layer) if is_predicted else Launches(),
-            compact=self._compact(il, resident.slot, has_cold, self._counters(il), self._heat(il)),
-            recompact=self._compact(il, resident.slot, has_cold, 0, 0),
+            compact=self._compact(
+                layer, il, resident.slot, has_cold, self._counters(il), self._heat(il)
+            ),
+            recompact=self._compact(layer, il, resident.slot, has_cold, 0, 0),
             ffn=neurons,
             ffn_add=add,
             add_cold=self._add(0, 0, other=at["host_part"]) if has_cold else Launches(),
@@ -178,8 +180,8 @@ class Builder:
         streamed = dataclasses.replace(
             launches,
             ffn_norm=launches.ffn_norm.with_argument("host_h", 0),
-            compact=self._compact(il, every, False, self._counters(il), self._heat(il)),
-            recompact=self._compact(il, every, False, 0, 0),
+            compact=self._compact(layer, il, every, False, self._counters(il), self._heat(il)),
+            recompact=self._compact(layer, il, every, False, 0, 0),
             ffn_add=add.with_argument("n_parts", 1),
             has_cold=False,
         )
@@ -386,31 +388,42 @@ class Builder:
         last = self._product(fc2, hidden, at["scores"], STORE, layer.fc2_bias)
         return before + first + between + last
 
-    def _compact(self, il: int, slot: int, has_cold: bool, counters: int, heat: int) -> Launches:
-        """mask and lists. What the CPU has to do is a list for one token, a mask for several."""
-        c, at = self._plan.config, self._at
+    def _compact(
+        self, layer: Layer, il: int, slot: int, has_cold: bool, counters: int, heat: int
+    ) -> Launches:
+        """mask and lists: of one token, and where several are taken like one.
 
-        def compact(**cold: int) -> Launch:
+        What the CPU has to do is a list for one token, a mask for several.
+        """
+        c, at = self._plan.config, self._at
+        listed = {"list": at["list"], "n_list": at["listed"]}
+        unwanted = dict.fromkeys((*listed, "cold", "cold_list", "n_cold"), 0)
+
+        def compact(**wanted: int) -> Launch:
             return _launch(
                 "compact",
                 lambda n: (_parts(c.n_ff, 512), n),
                 scores=at["scores"] if self._plan.mode == "predicted" else 0,
-                **{name: at[name] for name in ("thresholds", "rows", "mask", "list", "fired")},
+                **{name: at[name] for name in ("thresholds", "rows", "mask", "fired")},
                 n_tok=at["counts"],
                 slot=slot,
-                n_list=at["listed"],
                 counters=counters,
                 heat=heat,
                 n_ff=c.n_ff,
                 n_layer=c.n_layer,
                 il=il,
-                **(dict.fromkeys(("cold", "cold_list", "n_cold"), 0) | cold),
+                **(unwanted | wanted),
             )
 
-        if not has_cold:
-            return _always(compact())
-        one = compact(cold_list=at["host_list"], n_cold=at["host_listed"])
-        return Launches([one], [compact(cold=at["host_mask"])])
+        one, many = dict(listed), listed if self._is_taken_singly(layer) else {}
+        if has_cold:
+            one |= {"cold_list": at["host_list"], "n_cold": at["host_listed"]}
+            many = many | {"cold": at["host_mask"]}
+        return Launches([compact(**one)], [compact(**many)])
+
+    def _is_taken_singly(self, layer: Layer) -> bool:
+        """Whether several tokens are taken one by one: act in whole blocks is no row for down."""
+        return layer.down is not None and self._plan.config.n_ff % BLOCK != 0
 
     def _counters(self, il: int) -> int:
         return self._at["counted"] + 8 * self._plan.buffers.counts.shape[1] * il
@@ -451,7 +464,7 @@ class Builder:
             n_parts = (DOWN_SPLITS, 1) if n else (0, 0)
             return rows, self._add(*n_parts, self._load.floats(layer.down_bias))
         # The standard layout: all neurons are there.
-        if c.n_ff % BLOCK:  # act in whole blocks would not be rows for a product
+        if self._is_taken_singly(layer):
             rows = Launches(rows.one, rows.one)
         act, x = self._input("act"), self._at["x"]
         product = self._product(self._load.matrix(layer.down), act, x, ADD, layer.down_bias)
