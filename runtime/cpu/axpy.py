@@ -8,8 +8,8 @@ weights is multiplied by, its value * d, is rounded to 22 bits of the largest of
     s = max over the group of |value * d| / K_MAX,  k = rint(value * d / s)
 
 which are as fine as floats; k is three digits, signed bytes, so that integer dot products, as in
-rows.py, multiply four rows at once: per weight that is less than half of what floats take. The sums
-of each digit are exact. Bytes: the rows, once.
+rows.py, multiply four rows at once: per weight that is two thirds of what floats take. The sums of
+each digit are exact. Bytes: the rows, once.
 """
 
 from __future__ import annotations

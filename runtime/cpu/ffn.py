@@ -267,9 +267,8 @@ def _down(args, n_active, lane, n_lanes, first, width):
     lanes, bias, x = arg(args, FFN.lanes), arg(args, FFN.down_bias), arg(args, FFN.x)
     # Columns begin at whole blocks, so that this is exact.
     data, nbytes = arg(down, MATRIX.data) + row_bytes * first // n_embd, row_bytes * width // n_embd
-    y, begin, end = lanes + 4 * n_embd * lane, n_active * lane // n_lanes, 0
-    end = n_active * (lane + 1) // n_lanes
-    rows, count = active + 4 * begin, end - begin
+    begin, end = n_active * lane // n_lanes, n_active * (lane + 1) // n_lanes
+    y, rows, count = lanes + 4 * n_embd * lane, active + 4 * begin, end - begin
     distance = max(lead(nbytes), GROUP)
     fill_zero(y + 4 * first, width)
     fetch_rows(data, row_bytes, rows, min(count, distance), nbytes)
@@ -293,6 +292,13 @@ def _down(args, n_active, lane, n_lanes, first, width):
         if bias != 0:
             add_to(lanes, bias, first, first + width)
         add_to(x, lanes, first, first + width)
+
+
+@function
+def _answer(exchange):
+    """Answer, if this is an exchange, as a last task: nobody goes on before it is done."""
+    if exchange != 0:
+        answer(exchange)
 
 
 @job
@@ -373,13 +379,6 @@ def ffn(args, control, epoch, thread):
             _answer(exchange)
             finish(control, 2)
     wait(control, 2, epoch, n_tasks + 1)
-
-
-@function
-def _answer(exchange):
-    """Answer, if this is an exchange, as a last task: nobody goes on before it is done."""
-    if exchange != 0:
-        answer(exchange)
 
 
 @function
