@@ -59,6 +59,9 @@ class Product:
         launch(self.sim, self.kernel, self.grid, **{**self.fields, "y": y, **changed})
         return y.numpy()
 
+    def check(self):
+        close_enough(self.run(), self.expected)
+
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("kind", GRIDS)
@@ -70,20 +73,20 @@ def test_products(kind, suffix):
             case = Product(
                 simulator(kind), kind, suffix, rows, cols, n_tok, seed % 3, seed % 2 == 0, seed
             )
-            close_enough(case.run(), case.expected)
+            case.check()
 
 
 @pytest.mark.parametrize("kind", GRIDS)
 def test_a_thousand_rows(kind):
     case = Product(simulator(kind), kind, "q4_0", 1000, 320, 3 if kind == "gemv" else 65)
-    close_enough(case.run(), case.expected)
+    case.check()
 
 
 @pytest.mark.parametrize("suffix", ["q8_0", "f16"])
 @pytest.mark.parametrize("n_tok", [1, 3, 8, 9, 17, 31, 32, 33, 64, 65, 96, 127, 128, 129, 130, 512])
 def test_gemm_takes_any_number_of_tokens(suffix, n_tok):
     case = Product(simulator("gemm"), "gemm", suffix, 70, 160, n_tok)
-    close_enough(case.run(), case.expected)
+    case.check()
 
 
 @pytest.mark.parametrize("suffix", ["f16", "f32"])
@@ -91,7 +94,7 @@ def test_gemm_without_tf32(suffix):
     sim = load("gemm.cu", replace=NO_TF32)
     for n_tok in (3, 70):
         case = Product(sim, "gemm", suffix, 67, 100, n_tok)
-        close_enough(case.run(), case.expected)
+        case.check()
 
 
 @pytest.mark.parametrize("suffix", ["f16", "f32"])
@@ -158,7 +161,7 @@ def test_results_do_not_depend_on_the_order_of_blocks_and_threads():
 def test_check_finds_nothing(kind, suffix):
     cols = COLS[suffix][0] if suffix in ("f16", "f32") else COLS[suffix][1]
     case = Product(simulator(kind, check=True), kind, suffix, 67, cols, 3, ADD, True)
-    close_enough(case.run(), case.expected)
+    case.check()
 
 
 class PackedProduct(Product):
@@ -196,52 +199,6 @@ def test_packed_products(suffix):
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_check_finds_nothing_where_it_is_packed(suffix):
     PackedProduct(simulator("gemv", check=True), suffix, 64, COLS[suffix][1], 2, ADD).check()
-
-
-PACKED_FAULTS = {
-    "results read before all are there": (
-        "= result;\n    __syncthreads();",
-        "= result;",
-        "uninitialised read",
-    ),
-    "every lane has a result": ("if (lane_id() < GEMV_ROWS) results", "results", "race"),
-    "every warp packs": ("if (warp_id() > 0) return;", "", "race"),
-    "rows that are another block's": (
-        "(THREADS / WARP) + warp_id()) * GEMV_ROWS",
-        "(THREADS / WARP) + warp_id() * 2) * GEMV_ROWS",
-        "race",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PACKED_FAULTS)
-def test_check_finds_planted_faults_where_it_is_packed(name):
-    text, becomes, fault = PACKED_FAULTS[name]
-    sim = load("gemv.cu", check=True, replace={text: becomes, **only("q4_0", "GEMV")})
-    with pytest.raises(SimError) as error:
-        PackedProduct(sim, "q4_0", 96, 96, 2).run()
-    assert error.value.kind == fault
-
-
-PACKED_WRONG = {
-    "the rows of a warp the other way round": (
-        "GEMV_ROWS + lane_id()]",
-        "GEMV_ROWS + 1 - lane_id()]",
-    ),
-    "packed before its relu": (
-        "if (p.op == STORE_RELU && sum < 0) sum = 0;\n    if (is_mine) *y = sum;",
-        "if (is_mine) *y = p.op == STORE_RELU && sum < 0 ? 0 : sum;",
-    ),
-    "blocks of the first token": ("(long long)blockIdx.y * gridDim.x + blockIdx.x", "blockIdx.x"),
-}
-
-
-@pytest.mark.parametrize("name", PACKED_WRONG)
-def test_comparison_finds_planted_faults_where_it_is_packed(name):
-    text, becomes = PACKED_WRONG[name]
-    sim = load("gemv.cu", replace={text: becomes, **only("q4_0", "GEMV")})
-    with pytest.raises(AssertionError):
-        PackedProduct(sim, "q4_0", 96, 96, 2).check()
 
 
 FAULTS = {
@@ -294,15 +251,40 @@ FAULTS = {
         ("gemm", "q8_0", 96, "if (t < n_tok && column < cols) mine", "if (column < cols) mine"),
         "out of bounds",
     ),
+    "results read before all are there": (
+        ("gemv_packed", "q4_0", 96, "= result;\n    __syncthreads();", "= result;"),
+        "uninitialised read",
+    ),
+    "every lane has a result": (
+        ("gemv_packed", "q4_0", 96, "if (lane_id() < GEMV_ROWS) results", "results"),
+        "race",
+    ),
+    "every warp packs": (("gemv_packed", "q4_0", 96, "if (warp_id() > 0) return;", ""), "race"),
+    "rows that are another block's": (
+        (
+            "gemv_packed", "q4_0", 96,
+            "(THREADS / WARP) + warp_id()) * GEMV_ROWS",
+            "(THREADS / WARP) + warp_id() * 2) * GEMV_ROWS",
+        ),
+        "race",
+    ),
 }  # fmt: skip
+
+
+def planted(kind, suffix, cols, text, becomes, check=False, **options):
+    """Return a product of a kernel that has a fault."""
+    source = kind.removesuffix("_packed")
+    replace = {text: becomes, **only(suffix, source.upper())}
+    sim = load(f"{source}.cu", check=check, replace=replace)
+    if source != kind:
+        return PackedProduct(sim, suffix, 96, cols, 2)
+    return Product(sim, kind, suffix, 67, cols, 3, **options)
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_check_finds_planted_faults(name):
-    (kind, suffix, cols, text, becomes), fault = FAULTS[name]
-    replace = {text: becomes, **only(suffix, kind.upper())}
-    sim = load(f"{kind}.cu", check=True, replace=replace)
-    case = Product(sim, kind, suffix, 67, cols, 3, ADD, True)
+    where, fault = FAULTS[name]
+    case = planted(*where, check=True, op=ADD, has_bias=True)
     with pytest.raises(SimError) as error:
         case.run()
     assert error.value.kind == fault
@@ -329,13 +311,22 @@ WRONG = {
         "gemv", "f32", 520,
         "unit = first + i * WARP;\n            if", "unit = first + i;\n            if",
     ),
+    "the rows of a warp the other way round": (
+        "gemv_packed", "q4_0", 96, "GEMV_ROWS + lane_id()]", "GEMV_ROWS + 1 - lane_id()]",
+    ),
+    "packed before its relu": (
+        "gemv_packed", "q4_0", 96,
+        "if (p.op == STORE_RELU && sum < 0) sum = 0;\n    if (is_mine) *y = sum;",
+        "if (is_mine) *y = p.op == STORE_RELU && sum < 0 ? 0 : sum;",
+    ),
+    "blocks of the first token": (
+        "gemv_packed", "q4_0", 96, "(long long)blockIdx.y * gridDim.x + blockIdx.x", "blockIdx.x",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_comparison_finds_planted_faults(name):
-    kind, suffix, cols, text, becomes = WRONG[name]
-    sim = load(f"{kind}.cu", replace={text: becomes, **only(suffix, kind.upper())})
-    case = Product(sim, kind, suffix, 67, cols, 3)
+    case = planted(*WRONG[name])
     with pytest.raises(AssertionError):
-        close_enough(case.run(), case.expected)
+        case.check()

@@ -113,19 +113,15 @@ def check_sums(types):
         listed = np.array([*order, *[0] * 2 * rows.SLACK], np.int32)
         values = (rng.standard_normal(count) * 10 ** rng.uniform(-3, 0, count)).astype(np.float32)
         y = np.zeros(n, np.float32)
-
-        def add(values=values, y=y, at=at, size=size, listed=listed, n=n, type_=type_):
-            where = listed.ctypes.data
-            head = at, size, n, where, len(values), at, where + 4 * 16
-            call(axpy.AXPYS[type_], *head, values.ctypes.data, y.ctypes.data)
-
-        add()
+        where = listed.ctypes.data
+        args = at, size, n, where, count, at, where + 4 * 16, values.ctypes.data, y.ctypes.data
+        call(axpy.AXPYS[type_], *args)
         products = values[:, None] * w[order]
         error = np.abs(y - products.sum(axis=0)).max()
         assert error < 2e-6 * np.abs(products).sum(axis=0).max(), (type_, n, count)
         # What is no number is not lost.
         values[rng.integers(count)] = np.nan
-        add()
+        call(axpy.AXPYS[type_], *args)
         assert np.isnan(y).all(), (type_, n, count)
 
 
@@ -139,10 +135,8 @@ def read_past_the_end():
 def test_packing_in_pieces():
     """The same bytes as in one go."""
     for n in (96, 512, 1088, 2048):
-        x, one = (
-            np.random.default_rng(n).standard_normal(n).astype(np.float32),
-            np.ones(64, np.int8),
-        )
+        x = np.random.default_rng(n).standard_normal(n).astype(np.float32)
+        one = np.ones(64, np.int8)
         whole, pieces = (np.zeros(rows.pack_bytes(n), np.uint8) for _ in range(2))
         pack(x.ctypes.data, n, whole.ctypes.data, one.ctypes.data)
         for first in (1024, 0, 512, 1536):

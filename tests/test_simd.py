@@ -115,7 +115,7 @@ def test_exp():
 @pytest.mark.parametrize("name", [n for n in isa.available() if n != isa.ISA])
 def test_lesser_paths(name, demo_gguf, heldout_ids, tmp_path):
     """What other machines run, in a process that compiles for such a machine."""
-    types = ("f16", "q8_0", "q4_0")
+    types = ("f32", "f16", "q8_0", "q4_0")
     paths = {str(demo_gguf(t)): str(tmp_path / f"{t}.npy") for t in types}
     script = f"""
 import sys

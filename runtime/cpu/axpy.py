@@ -85,9 +85,8 @@ def _k(stack, j, scale):
 
 
 @inline
-def _factors(type_, stack, first, n_blocks, n_rows):
+def _factors(type_, block_bytes, stack, first, n_blocks, n_rows):
     """Make k, s and what the sums begin with for some blocks of n_rows rows, a multiple of 4."""
-    block_bytes = 18 if type_ == Q4_0 else 34
     largest = splat(_LEAST)
     for j in range(n_rows):
         row = load_i64(stack + 8 * j) + block_bytes * first
@@ -123,6 +122,12 @@ def _factors(type_, stack, first, n_blocks, n_rows):
 
 
 @inline
+def _dot(type_, total, x, k):
+    """total + 16 columns of four rows times a digit of each."""
+    return dot_nibbles(total, x, k) if type_ == Q4_0 else dot_bytes(total, x, k)
+
+
+@inline
 def _whole(a, b, c):
     """Put the sums of three digits together: they may be more than an int32 holds."""
     base = splat(np.float32(128))
@@ -130,16 +135,15 @@ def _whole(a, b, c):
 
 
 @inline
-def _add_group(type_, stack, n, n_rows, y):
+def _add_group(type_, block_bytes, stack, n, n_rows, y):
     """y [n] += rows whose addresses and values are on the stack; n_rows is a multiple of 4.
 
     Of the rows that come later a piece of one is asked for with every block: all at once would be
     more than a core waits for beside its work.
     """
-    block_bytes = 18 if type_ == Q4_0 else 34
     for first in range(0, n // 32, _BLOCKS):
         n_blocks = min(_BLOCKS, n // 32 - first)
-        _factors(type_, stack, first, n_blocks, n_rows)
+        _factors(type_, block_bytes, stack, first, n_blocks, n_rows)
         for b in range(n_blocks):
             for j in range(b, GROUP, n_blocks):
                 following = load_i64(stack + _NEXT + 8 * j)
@@ -159,27 +163,25 @@ def _add_group(type_, stack, n, n_rows, y):
                 weights = load_4_rows(r, s, t, u)
                 if type_ == Q4_0:
                     x0, x1 = low_nibbles(weights), high_nibbles(weights)
-                    a0, b0, c0 = (
-                        dot_nibbles(a0, x0, ka),
-                        dot_nibbles(b0, x0, kb),
-                        dot_nibbles(c0, x0, kc),
-                    )
-                    a1, b1, c1 = (
-                        dot_nibbles(a1, x1, ka),
-                        dot_nibbles(b1, x1, kb),
-                        dot_nibbles(c1, x1, kc),
-                    )
                 else:
                     x0, x1 = weights, load_4_rows(r + 16, s + 16, t + 16, u + 16)
-                    a0, b0, c0 = dot_bytes(a0, x0, ka), dot_bytes(b0, x0, kb), dot_bytes(c0, x0, kc)
-                    a1, b1, c1 = dot_bytes(a1, x1, ka), dot_bytes(b1, x1, kb), dot_bytes(c1, x1, kc)
+                a0, b0, c0 = (
+                    _dot(type_, a0, x0, ka),
+                    _dot(type_, b0, x0, kb),
+                    _dot(type_, c0, x0, kc),
+                )
+                a1, b1, c1 = (
+                    _dot(type_, a1, x1, ka),
+                    _dot(type_, b1, x1, kb),
+                    _dot(type_, c1, x1, kc),
+                )
             to, scale = y + 128 * (first + b), splat(load_f32(stack + _SCALES + 4 * b))
             store_f32x16(to, fma(_whole(a0, b0, c0), scale, load_f32x16(to)))
             store_f32x16(to + 64, fma(_whole(a1, b1, c1), scale, load_f32x16(to + 64)))
 
 
 @inline
-def _axpys_blocks(type_, w, row_bytes, n, rows, count, next_w, next_rows, values, y):
+def _axpys_blocks(type_, block_bytes, w, row_bytes, n, rows, count, next_w, next_rows, values, y):
     """Q4_0 and Q8_0."""
     stack = stack_4k()
     for i in range(0, count, GROUP):
@@ -195,7 +197,7 @@ def _axpys_blocks(type_, w, row_bytes, n, rows, count, next_w, next_rows, values
             store_i64(stack + 8 * n_rows, load_i64(stack))
             store_f32(stack + _VALUES + 4 * n_rows, np.float32(0))
             n_rows += 1
-        _add_group(type_, stack, n, n_rows, y)
+        _add_group(type_, block_bytes, stack, n, n_rows, y)
 
 
 @inline
@@ -229,7 +231,9 @@ def _make_axpys(type_):
 
     def axpys(w, row_bytes, n, rows, count, next_w, next_rows, values, y):
         if type_ in (Q4_0, Q8_0):
-            _axpys_blocks(type_, w, row_bytes, n, rows, count, next_w, next_rows, values, y)
+            _axpys_blocks(
+                type_, block_bytes, w, row_bytes, n, rows, count, next_w, next_rows, values, y
+            )
         else:
             nbytes = n // block_size * block_bytes
             _axpys_float(type_, w, row_bytes, n, rows, count, next_w, next_rows, values, y, nbytes)

@@ -118,12 +118,10 @@ class CPU:
             "active": self._ints(n_tok * c.n_ff + SLACK),
             "values": self._floats(n_tok, c.n_ff),
             "n_active": self._ints(n_tok),
-        }
-        audit_act = self._floats(c.n_ff)
-        lanes = {
             "lanes": self._floats(ffn.LANES, c.n_embd),
             "arrived": self._bytes(64 * (c.n_embd // ffn.MIN_COLUMNS + 1)),
         }
+        audit_act = self._floats(c.n_ff)
         scale = self._keeping(np.array([1 / np.sqrt(c.head_dim)], np.float32))
         activation_threshold = self._keeping(np.array([c.activation_threshold], np.float32))
 
@@ -271,7 +269,6 @@ class CPU:
                     else matrix(down, None, SUMS),
                     **packed_embd,
                     **neurons,
-                    **lanes,
                     **scratch,
                 )
             )
@@ -355,9 +352,9 @@ class CPU:
         self._run(linear.predict, self._predict[il])
 
     def ffn(self, il: int) -> None:
-        self._run_ffn(il, self._ffn[il])
+        self._run_ffn(self._ffn[il])
 
-    def _run_ffn(self, il: int, block: Block) -> None:
+    def _run_ffn(self, block: Block) -> None:
         self._run(ffn.ffn if self._is_one() else ffn_batch.ffn_batch, block)
 
     def _is_one(self) -> bool:
@@ -392,15 +389,18 @@ class CPU:
             block[ffn.FFN.down_bias] = block[ffn.FFN.down + MATRIX.bias] = 0
 
     def ffn_part(self, il: int, exchange: Block | None = None) -> None:
-        """See be_part(); `exchange`: what a captured one waits for and answers (exchange.py)."""
+        """See be_part(); `exchange`: what a captured one waits for and answers (exchange.py).
+
+        The caller keeps that alive.
+        """
         block = self._ffn[il]
         if not self._is_one():  # for one token ffn does this itself
             self._run(linear.clear_rows, self._clear_part)
             self.pack_h()
         elif exchange is not None:
             block = self._keeping(block.copy())
-            block[ffn.FFN.exchange] = address(self._keeping(exchange))
-        self._run_ffn(il, block)
+            block[ffn.FFN.exchange] = address(exchange)
+        self._run_ffn(block)
 
     def pack_h(self) -> None:
         """Round buffers.h, made by another backend, as ffn and audit want it."""

@@ -5,7 +5,7 @@ Where the CPU has a part of the work there is an exchange of two words in pinned
 writes a flag when what the part needs is there, or some of it, and waits for an answer before what
 uses it. The CPU's parts are one program of the pool, whose jobs poll the flag and answer.
 
-The words are numbers that grow from exchange to exchange, so that none is ever reset. Nothing
+The words are numbers that grow from mark to mark, so that none is ever reset. Nothing
 waits for ever: a poll that has waited some milliseconds ends the program, for Python to look after
 Ctrl-C, a failed device and the time-out, and to go on from there; and whatever ends a token, the
 last of its answers is written.
@@ -53,11 +53,11 @@ class AheadTape(Tape):
         )
         self._flag_at, self._answer_at, self._base_at = at, at + _LINE, at + 2 * _LINE
         self._stop = np.zeros(1, np.int64)
-        self._last = 0  # number of the last exchange there was
+        self._last = 0  # number of the last mark there was
         self._coming = 0  # how many the program that is played has
         self._blocks: list[np.ndarray] = []  # that programs point to
-        # While capturing: the numbers of marks, and of the last exchange; jobs that are not yet in
-        # a step.
+        # While capturing: the numbers of marks by name, and of the last one; jobs that are not yet
+        # in a step.
         self._numbers: dict[str, int] = {}
         self._n = 0
         self._calls: list[Call] = []

@@ -260,8 +260,8 @@ class Builder:
         if packed is None:
             one = _launch(f"gemv_{w.suffix}", lambda n: (_parts(w.rows, 8), n), **values)
         else:
-            kernel, grid = f"gemv_packed_{w.suffix}", lambda n: (w.rows // 32, n)
-            one = _launch(kernel, grid, product=values, packed=packed)
+            name, both = f"gemv_packed_{w.suffix}", {"product": values, "packed": packed}
+            one = _launch(name, lambda n: (w.rows // 32, n), **both)
         return Launches([one], [many])
 
     def _counts(self, of_outputs: bool) -> int:
