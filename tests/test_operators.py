@@ -205,13 +205,14 @@ def test_masks_of_none_and_all(type_, tiny_gguf):
 @pytest.mark.parametrize("mode", ["predicted", "exact", "dense"])
 @pytest.mark.parametrize("type_", TYPES)
 def test_a_token_depends_on_no_other(type_, mode, tiny_gguf):
-    """To the bit the same among 2 tokens or 70, listed rows or all, with AMX tiles or without."""
+    """To the bit the same among 2 tokens or 70, listed rows or all, in every kind of tile."""
     plan_ops = Pair(tiny_gguf("gqa", type_, True), mode, 70, context=128)
     plan, ops = plan_ops.ours, plan_ops.ops
     rng = np.random.default_rng(4)
     x, mask = rng.standard_normal((70, 96)).astype(np.float32), rng.random((70, 160)) < 0.2
     seen = {}
-    for tokens in (range(70), range(17), range(16), range(5, 40), (3, 69), (69, 3, 16)):
+    groups = (range(70), range(17), range(16), range(5, 40), range(3, 11), (3, 69), (69, 3, 16))
+    for tokens in groups:
         n_tok, b = len(tokens), plan.buffers
         plan.step.counts[0] = n_tok
         b.x[:n_tok] = x[list(tokens)]

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..gguf import Tensor
 from .axpy import AXPYS
-from .gemm import MULTIPLIES, UNPACKS
+from .gemm import FEWS, MULTIPLIES, UNPACKS
 from .jit import Kernel
 from .rows import DOTS, WIDENS
 
@@ -25,10 +25,10 @@ Block = np.ndarray[tuple[int], np.dtype[np.int64]]
 # Words of a weight matrix [rows, cols]: address, the kernels of its format (0: not used here),
 # rows, cols, bytes of a row, and the address of its float32 bias (0: none).
 MATRIX: Any = namedtuple(
-    "Matrix", "data dots unpack multiply axpys widen rows cols row_bytes bias"
-)(*range(10))
+    "Matrix", "data dots few unpack multiply axpys widen rows cols row_bytes bias"
+)(*range(11))
 # What is done with a matrix: its rows times activations, or their sum.
-PRODUCTS, SUMS = (DOTS, UNPACKS, MULTIPLIES), (AXPYS, WIDENS)
+PRODUCTS, SUMS = (DOTS, FEWS, UNPACKS, MULTIPLIES), (AXPYS, WIDENS)
 _TABLES = (*PRODUCTS, *SUMS)
 # Words of a norm: its kind, and the addresses of float32 weight, bias (0: none) and epsilon.
 NORM: Any = namedtuple("Norm", "kind weight bias eps")(*range(4))
@@ -60,7 +60,7 @@ def matrix(
     """Return the words of a weight matrix; of None, zeros."""
     if tensor is None:
         return [0] * len(MATRIX)
-    kernels = [t[tensor.type].address if t in use else 0 for t in _TABLES]
+    kernels = [t[tensor.type].address if t in use and tensor.type in t else 0 for t in _TABLES]
     return [
         address(tensor.data),
         *kernels,

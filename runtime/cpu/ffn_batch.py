@@ -23,14 +23,13 @@ from .matmul import (
     WORK,
     add_rows,
     add_to,
-    panel_dots,
-    ready_panel,
     rows_from,
     rows_per_task,
+    tile_dots,
     token_list,
 )
 from .pool import finish, take, wait
-from .rows import clear_flags, fill_zero, pack_stride, row_number
+from .rows import clear_flags, fill_zero, row_number
 from .simd import (
     append_numbers,
     append_values,
@@ -77,16 +76,20 @@ def _is_wanted(flags, rows, first, count):
 
 
 @function
-def _dots(args, matrix, flags, panel, rows, first, count, group, n_group, scratch):
-    """Return (how many tokens of the group, where their products with a panel lie [.., ROWS]).
+def _dots(args, matrix, flags, start, rows, n_rows, i, group, n_group, scratch):
+    """Return (how many tokens of the group, where the products of some rows with them lie).
 
-    Those that have a flag [n_tok, n_ff] at one of the rows (0: all); token_list says which.
+    Rows as in tile_dots; those tokens that have a flag [n_tok, n_ff] at one of them (0: all);
+    token_list says which.
     """
+    n_tok = np.int64(load_i32(arg(args, FFN.counts)))
     n_ff, n = arg(matrix, MATRIX.rows), arg(matrix, MATRIX.cols)
     tokens, wanted = token_list(n, scratch), 0
+    first, some = rows_from(start, rows, i)
     for t in range(n_group):
         store_i32(tokens + 4 * wanted, np.int32(t))
-        if flags == 0 or _is_wanted(flags + (group + t) * n_ff, rows, first, count):
+        at = flags + (group + t) * n_ff
+        if flags == 0 or _is_wanted(at, some, first, min(ROWS, n_rows - i)):
             wanted += 1
     listed = tokens
     if HAS_AMX and n_group > 8 and 2 * wanted > n_group:
@@ -94,9 +97,8 @@ def _dots(args, matrix, flags, panel, rows, first, count, group, n_group, scratc
         listed, wanted = 0, n_group
         for t in range(n_group):
             store_i32(tokens + 4 * t, np.int32(t))
-    x = arg(args, FFN.h) + 4 * n * group
-    packs = arg(args, FFN.packs) + pack_stride(n) * group
-    out = panel_dots(matrix, panel, first, rows, count, x, packs, listed, wanted, scratch)
+    x, packs = arg(args, FFN.h), arg(args, FFN.packs)
+    out = tile_dots(matrix, start, rows, n_rows, i, x, packs, group, listed, wanted, n_tok, scratch)
     return wanted, out
 
 
@@ -118,10 +120,7 @@ def _decide(args, rows, start, n_rows, scratch):
         for i in range(0, n_rows, ROWS):
             count = min(ROWS, n_rows - i)
             first, listed = rows_from(start, rows, i)
-            panel = ready_panel(decider, start, rows, n_rows, i, group, n_tok, scratch)
-            n, out = _dots(
-                args, decider, flags, panel, listed, first, count, group, n_group, scratch
-            )
+            n, out = _dots(args, decider, flags, start, rows, n_rows, i, group, n_group, scratch)
             for k in range(n):
                 token = (group + np.int64(load_i32(tokens + 4 * k))) * n_ff
                 at = out + 64 * k
@@ -155,8 +154,7 @@ def _multiply(args, rows, start, n_rows, scratch):
         for i in range(0, n_rows, ROWS):
             count = min(ROWS, n_rows - i)
             first, listed = rows_from(start, rows, i)
-            panel = ready_panel(up, start, rows, n_rows, i, group, n_tok, scratch)
-            n, out = _dots(args, up, flags, panel, listed, first, count, group, n_group, scratch)
+            n, out = _dots(args, up, flags, start, rows, n_rows, i, group, n_group, scratch)
             for k in range(n):
                 token = (group + np.int64(load_i32(tokens + 4 * k))) * n_ff
                 at = out + 64 * k

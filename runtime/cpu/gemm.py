@@ -14,21 +14,27 @@ it nor on how many there are.
 
 from __future__ import annotations
 
-from ..formats import BLOCK_SIZES, COMPUTE_TYPES, INTEGER_DOT, GGMLType
+from ..formats import COMPUTE_TYPES, INTEGER_DOT, GGMLType
 from .isa import HAS_AMX, Q8_BIAS
 from .jit import Kernel, inline
-from .rows import BLOCK, F32, Q4_0, Q6_K, Q8_0, load1, load16, pack_stride, planes
+from .rows import (
+    BLOCK,
+    F32,
+    Q4_0,
+    Q6_K,
+    Q8_0,
+    fetch_far,
+    load1,
+    load16,
+    pack_stride,
+    planes,
+)
 from .simd import (
-    and_i32,
     load_f16,
-    load_f16x16,
+    load_f32x16,
     load_i8x16,
     load_i64,
     mul,
-    or_i32,
-    prefetch,
-    shift_left,
-    shift_right,
     splat,
     store_f32,
     store_f32x16,
@@ -40,23 +46,28 @@ from .tile import (
     TILE,
     TILE_ROWS,
     configure_tiles,
-    copy_halves,
     float_step,
+    four_addresses,
+    load_4_quads,
     load_4x16,
+    load_8_quads,
+    load_halves,
     no_totals,
     products_step,
     release_tiles,
     row_addresses,
-    signed_step_4,
-    signed_step_8,
+    signed_step,
+    six_bits_even,
+    six_bits_odd,
+    split_nibbles,
     store_totals,
     tile_config,
     tile_products_4,
     tile_products_8,
     token_addresses,
     transpose,
-    unsigned_step_4,
-    unsigned_step_8,
+    two_addresses,
+    unsigned_step,
 )
 
 PANEL = 16  # rows
@@ -88,100 +99,95 @@ def _following(panel, n):
 
 
 @inline
-def _fetch(following, at, step):
-    """Ask for the share that bytes `at` to at + step of a row are of all rows that follow.
+def _fetch(following, row, due, n_steps):
+    """Ask for the share of the rows that follow that is due in one of n_steps (>= 1).
 
-    One row after the other: prefetchers do not follow 16 runs at once.
-    Nothing if `following` is 0.
+    Whole rows, one after the other: prefetchers do not follow 16 runs at once. Returns (row, due)
+    for the next step; they begin as (0, 0). Nothing if `following` is 0.
     """
     if following != 0:
-        row_bytes = load_i64(following + 8 * PANEL)
-        row = PANEL * at // row_bytes
-        within = PANEL * at - row * row_bytes
-        for _ in range(0, PANEL * step, 64):
-            if within >= row_bytes:
-                row, within = row + 1, within - row_bytes
-            prefetch(load_i64(following + 8 * min(row, PANEL - 1)) + within)
-            within += 64
+        due += PANEL
+        while due >= n_steps:
+            fetch_far(load_i64(following + 8 * row), load_i64(following + 8 * PANEL))
+            row, due = row + 1, due - n_steps
+    return row, due
 
 
 @inline
 def _store_quads(at, quads, zero):
     """Store bytes that are `zero` more than the weights; with AMX the weights themselves."""
-    store_i32x16(at, sub_bytes(quads, zero) if HAS_AMX else quads)
+    for i in range(len(quads)):
+        store_i32x16(at + 64 * i, sub_bytes(quads[i], zero) if HAS_AMX else quads[i])
 
 
 @inline
-def _unpack_scales(rows, block_bytes, n, panel):
-    """Widen the f16 that blocks of 32 begin with."""
-    scales = panel + _scales(n)
-    halves = scales + 32 * (n // 32)  # widened in place from the front
-    for block in range(n // 32):
-        copy_halves(rows, block_bytes * block, halves + 32 * block)
-    for block in range(n // 32):
-        store_f32x16(scales + 64 * block, load_f16x16(halves + 32 * block))
+def _q4_0_quads(rows, block):
+    """Block: f16 scale, 16 bytes: weight j in the low, weight j + 16 in the high nibble of j."""
+    return split_nibbles(load_4x16(rows, 18 * block + 2))
+
+
+@inline
+def _q8_0_quads(rows, block):
+    """Block: f16 scale, 32 signed bytes."""
+    return load_4x16(rows, 34 * block + 2) + load_4x16(rows, 34 * block + 18)
 
 
 @inline
 def _unpack_q4_0(rows, following, n, panel):
-    """Block: f16 scale, 16 bytes: weight j in the low, weight j + 16 in the high nibble of j."""
-    _unpack_scales(rows, 18, n, panel)
-    for block in range(n // 32):
-        _fetch(following, 18 * block, 18)
-        quads, at = load_4x16(rows, 18 * block + 2), panel + 512 * block
-        for i in range(4):
-            _store_quads(at + 64 * i, and_i32(quads[i], 0x0F0F0F0F), 8)
-            high = and_i32(shift_right(quads[i], 4), 0x0F0F0F0F)
-            _store_quads(at + 256 + 64 * i, high, 8)
+    n_blocks, row, due = n // 32, 0, 0
+    for block in range(n_blocks):
+        row, due = _fetch(following, row, due, n_blocks)
+        _store_quads(panel + 512 * block, _q4_0_quads(rows, block), 8)
+        store_f32x16(panel + _scales(n) + 64 * block, load_halves(rows, 18 * block))
 
 
 @inline
 def _unpack_q8_0(rows, following, n, panel):
-    """Block: f16 scale, 32 signed bytes."""
-    _unpack_scales(rows, 34, n, panel)
-    for block in range(n // 32):
-        _fetch(following, 34 * block, 34)
+    n_blocks, row, due = n // 32, 0, 0
+    for block in range(n_blocks):
+        row, due = _fetch(following, row, due, n_blocks)
+        _store_quads(panel + 512 * block, _q8_0_quads(rows, block), 0)
+        store_f32x16(panel + _scales(n) + 64 * block, load_halves(rows, 34 * block))
+
+
+@inline
+def _unpack_q6_k_block(rows, start, quads_at, scales):
+    """Block of 256: 128 bytes of low nibbles, 64 of bit pairs, 16 int8 scales, f16 d.
+
+    `start`: its offset in the rows.
+    """
+    for half in range(2):
         for part in range(2):
-            quads = load_4x16(rows, 34 * block + 2 + 16 * part)
-            for i in range(4):
-                store_i32x16(panel + 512 * block + 256 * part + 64 * i, quads[i])
+            low = start + 64 * half + 16 * part
+            pairs = load_4x16(rows, start + 128 + 32 * half + 16 * part)
+            at = quads_at + 2048 * half + 256 * part
+            quads = six_bits_even(load_4x16(rows, low), pairs)
+            _store_quads(at, quads[:4], 32)
+            _store_quads(at + 1024, quads[4:], 32)
+            quads = six_bits_odd(load_4x16(rows, low + 32), pairs)
+            _store_quads(at + 512, quads[:4], 32)
+            _store_quads(at + 1536, quads[4:], 32)
+    for i in range(16):
+        d = splat(load_f16(rows[i] + start + 208))
+        store_f32x16(scales + 64 * i, mul(load_i8x16(rows[i] + start + 192), d))
+    transpose(scales)
 
 
 @inline
 def _unpack_q6_k(rows, following, n, panel):
-    """Block of 256: 128 bytes of low nibbles, 64 of bit pairs, 16 int8 scales, f16 d."""
-    scales = panel + _scales(n)
-    for block in range(n // 256):
-        start = 210 * block
-        for line in range(0, 210, 64):
-            _fetch(following, start + line, 64)
-        for half in range(2):
-            # Weights 0-31 and 64-95 share nibbles, 32-63 and 96-127 do; all four share pairs.
-            for part in range(2):
-                pairs = load_4x16(rows, start + 128 + 32 * half + 16 * part)
-                for quarter in range(2):
-                    low = load_4x16(rows, start + 64 * half + 32 * quarter + 16 * part)
-                    at = panel + 16 * (256 * block + 128 * half + 32 * quarter + 16 * part)
-                    for i in range(4):
-                        two = and_i32(shift_right(pairs[i], 2 * quarter), 0x03030303)
-                        q = or_i32(and_i32(low[i], 0x0F0F0F0F), shift_left(two, 4))
-                        _store_quads(at + 64 * i, q, 32)
-                        two = and_i32(shift_right(pairs[i], 2 * quarter + 4), 0x03030303)
-                        four = and_i32(shift_right(low[i], 4), 0x0F0F0F0F)
-                        q = or_i32(four, shift_left(two, 4))
-                        _store_quads(at + 16 * 64 + 64 * i, q, 32)
-        at = scales + 64 * 16 * block
-        for i in range(16):
-            d = splat(load_f16(rows[i] + start + 208))
-            store_f32x16(at + 64 * i, mul(load_i8x16(rows[i] + start + 192), d))
-        transpose(at)
+    n_blocks, row, due = n // 256, 0, 0
+    for block in range(n_blocks):
+        row, due = _fetch(following, row, due, n_blocks)
+        scales = panel + _scales(n) + 64 * 16 * block
+        _unpack_q6_k_block(rows, 210 * block, panel + 4096 * block, scales)
 
 
 @inline
-def _unpack_float(type_, weight_bytes, rows, following, n, panel):
+def _unpack_float(type_, rows, following, n, panel):
     """Every weight as float32; call it with a constant type."""
+    n_steps, row, due = n // 16, 0, 0
     for column in range(0, n - 15, 16):
-        _fetch(following, int(weight_bytes * column), int(16 * weight_bytes))
+        row, due = _fetch(following, row, due, n_steps)
         at = panel + 64 * column
         for i in range(16):
             store_f32x16(at + 64 * i, load16(type_, rows[i], column))
@@ -192,29 +198,43 @@ def _unpack_float(type_, weight_bytes, rows, following, n, panel):
 
 
 @inline
+def _add_32(totals, tokens, quads, is_signed, scale, x):
+    """totals + a block of 32 columns; x: where its activations lie in a pack."""
+    if is_signed:
+        return signed_step(totals, tokens, quads, scale, x, x + 32, x + 36, Q8_BIAS // 8)
+    return unsigned_step(totals, tokens, quads, scale, x, x + 32, x + 36, 1)
+
+
+@inline
+def _add_256(totals, tokens, quads_at, scales, x):
+    """totals + a block of 256 columns of Q6_K, whose scales are those of 16 each."""
+    for i in range(16):
+        block, w = x + BLOCK * (i // 2), load_4_quads(quads_at + 256 * i)
+        at, x_sum, scale = block + i % 2 * 16, block + 40 + i % 2 * 4, load_f32x16(scales + 64 * i)
+        if HAS_AMX:
+            factor = Q8_BIAS // 8
+            totals = signed_step(totals, tokens, w, scale, at, block + 32, x_sum, factor)
+        else:
+            totals = unsigned_step(totals, tokens, w, scale, at, block + 32, x_sum, 4)
+    return totals
+
+
+@inline
 def _multiply(type_, n, panel, tokens, following, out):
     """out [tokens, 16] for as many tokens as the tuple holds; call it with a constant type."""
-    totals, scales, blocks = no_totals(tokens), panel + _scales(n), planes(n)[5]
+    totals, scales, x = no_totals(tokens), panel + _scales(n), planes(n)[5]
+    row, due = 0, 0
     if type_ in (Q4_0, Q8_0):
         for i in range(n // 32):
-            step = 34 if type_ == Q8_0 else 18
-            _fetch(following, step * i, step)
-            x, w, scale = blocks + BLOCK * i, panel + 512 * i, scales + 64 * i
-            if type_ == Q8_0 or HAS_AMX:
-                factor = Q8_BIAS // 8
-                totals = signed_step_8(totals, tokens, w, scale, x, x + 32, x + 36, factor)
-            else:
-                totals = unsigned_step_8(totals, tokens, w, scale, x, x + 32, x + 36, 1)
+            row, due = _fetch(following, row, due, n // 32)
+            quads, scale = load_8_quads(panel + 512 * i), load_f32x16(scales + 64 * i)
+            is_signed = type_ == Q8_0 or HAS_AMX
+            totals = _add_32(totals, tokens, quads, is_signed, scale, x + BLOCK * i)
     elif type_ == Q6_K:
-        for i in range(n // 16):
-            _fetch(following, 210 * i // 16, 14)
-            x, w, scale = blocks + BLOCK * (i // 2), panel + 256 * i, scales + 64 * i
-            at, x_sum = x + i % 2 * 16, x + 40 + i % 2 * 4
-            if HAS_AMX:
-                factor = Q8_BIAS // 8
-                totals = signed_step_4(totals, tokens, w, scale, at, x + 32, x_sum, factor)
-            else:
-                totals = unsigned_step_4(totals, tokens, w, scale, at, x + 32, x_sum, 4)
+        for i in range(n // 256):
+            row, due = _fetch(following, row, due, n // 256)
+            at, scale = panel + 4096 * i, scales + 1024 * i
+            totals = _add_256(totals, tokens, at, scale, x + 8 * BLOCK * i)
     else:
         for column in range(n):
             totals = float_step(totals, tokens, panel + 64 * column, 4 * column)
@@ -222,20 +242,40 @@ def _multiply(type_, n, panel, tokens, following, out):
 
 
 @inline
+def _multiply_few(type_, rows, n, panel, tokens, following, out):
+    """The same from rows as they are stored, unpacked into registers or a block at a time."""
+    totals, x, row, due = no_totals(tokens), planes(n)[5], 0, 0
+    if type_ == Q6_K:
+        for i in range(n // 256):
+            row, due = _fetch(following, row, due, n // 256)
+            _unpack_q6_k_block(rows, 210 * i, panel, panel + 4096)
+            totals = _add_256(totals, tokens, panel, panel + 4096, x + 8 * BLOCK * i)
+    else:
+        for i in range(n // 32):
+            row, due = _fetch(following, row, due, n // 32)
+            if type_ == Q4_0:
+                quads, scale = _q4_0_quads(rows, i), load_halves(rows, 18 * i)
+            else:
+                quads, scale = _q8_0_quads(rows, i), load_halves(rows, 34 * i)
+            totals = _add_32(totals, tokens, quads, type_ == Q8_0, scale, x + BLOCK * i)
+    store_totals(totals, out)
+
+
+@inline
 def _multiply_tiles(type_, n, panel, tokens, stride, following, sums, out):
     """The same by AMX, for tokens `stride` apart; `sums`: scratch for tile_products."""
     totals, scales, blocks = no_totals(tokens), panel + _scales(n), planes(n)[5]
+    row, due = 0, 0
     if type_ == Q6_K:
         for i in range(n // 32):
-            _fetch(following, 210 * i // 8, 27)
+            row, due = _fetch(following, row, due, n // 32)
             x, scale = blocks + BLOCK * i, scales + 128 * i
             tile_products_4(tokens[0] + x, stride, panel + 512 * i, sums)
             totals = products_step(totals, tokens, sums, scale, x + 32)
             totals = products_step(totals, tokens, sums + 1024, scale + 64, x + 32)
     else:
         for i in range(0, n // 32, 2):
-            step = 34 if type_ == Q8_0 else 18
-            _fetch(following, step * i, 2 * step)
+            row, due = _fetch(following, row, due, (n // 32 + 1) // 2)
             x, scale = blocks + BLOCK * i, scales + 64 * i
             tile_products_8(tokens[0] + x, stride, panel + 512 * i, sums)
             totals = products_step(totals, tokens, sums, scale, x + 32)
@@ -245,21 +285,23 @@ def _multiply_tiles(type_, n, panel, tokens, stride, following, sums, out):
     store_totals(totals, out)
 
 
-def _make_unpack(type_):
-    block_size, block_bytes = BLOCK_SIZES[GGMLType(type_)]
-    weight_bytes = block_bytes / block_size
+@inline
+def _note_following(w, row_bytes, rows, n, panel):
+    """Write down which 16 rows follow some; return where that is."""
+    behind = rows + 4 * PANEL if rows != 0 else 0
+    next_w = w if rows != 0 else w + PANEL * row_bytes
+    ahead, following = row_addresses(next_w, row_bytes, behind, PANEL - 1), _following(panel, n)
+    for i in range(PANEL):
+        store_i64(following + 8 * i, ahead[i])
+    store_i64(following + 8 * PANEL, row_bytes)
+    return following
 
+
+def _make_unpack(type_):
     def unpack(w, row_bytes, n, rows, count, panel, is_next):
         here = row_addresses(w, row_bytes, rows, count - 1)
-        behind = rows + 4 * PANEL if rows != 0 else 0
-        next_w = w if rows != 0 else w + PANEL * row_bytes
-        ahead = row_addresses(next_w, row_bytes, behind, PANEL - 1)
-        following = _following(panel, n)
-        for i in range(PANEL):
-            store_i64(following + 8 * i, ahead[i])
-        store_i64(following + 8 * PANEL, row_bytes)
-        if is_next == 0:
-            following = 0
+        noted = _note_following(w, row_bytes, rows, n, panel)
+        following = noted if is_next != 0 else 0
         if type_ == Q4_0:
             _unpack_q4_0(here, following, n, panel)
         elif type_ == Q8_0:
@@ -267,11 +309,37 @@ def _make_unpack(type_):
         elif type_ == Q6_K:
             _unpack_q6_k(here, following, n, panel)
         else:
-            _unpack_float(type_, weight_bytes, here, following, n, panel)
+            _unpack_float(type_, here, following, n, panel)
         if is_next != 0:
-            store_i64(following, 0)
+            store_i64(noted, 0)
 
     return Kernel(unpack, 7, f"unpack_{GGMLType(type_).name}")
+
+
+def _make_few(type_):
+    def few(w, row_bytes, n, rows, count, panel, x, packs, tokens, n_tok, out):
+        here = row_addresses(w, row_bytes, rows, count - 1)
+        following = _note_following(w, row_bytes, rows, n, panel)
+        stride, t = pack_stride(n), 0
+        while t < n_tok:
+            left, to = n_tok - t, out + 64 * t
+            listed = tokens + 4 * t if tokens != 0 else 0
+            first = packs if tokens != 0 else packs + t * stride
+            if left > 4 and TILE > 4:
+                group = token_addresses(first, stride, listed, left - 1)
+                _multiply_few(type_, here, n, panel, group, following, to)
+                t += TILE
+            elif left > 2:
+                four = four_addresses(first, stride, listed, left - 1)
+                _multiply_few(type_, here, n, panel, four, following, to)
+                t += 4
+            else:
+                two = two_addresses(first, stride, listed, left - 1)
+                _multiply_few(type_, here, n, panel, two, following, to)
+                t += 2
+            following = 0
+
+    return Kernel(few, 11, f"few_{GGMLType(type_).name}")
 
 
 def _make_multiply(type_):
@@ -320,6 +388,9 @@ def _make_multiply(type_):
 # panel_bytes(n); lanes behind them repeat the last one. `rows` as in rows.DOTS. The 16 rows behind
 # are prefetched: now if `is_next`, else while the panel is multiplied.
 UNPACKS = {int(type_): _make_unpack(int(type_)) for type_ in COMPUTE_TYPES}
+# few(w, row_bytes, n, rows, count, panel, x, packs, tokens, n_tok, out): both for few tokens of
+# integer formats; the panel is scratch.
+FEWS = {int(type_): _make_few(int(type_)) for type_ in INTEGER_DOT}
 # multiply(panel, n, x, packs, tokens, n_tok, out): out f32 [n_tok to a multiple of 16][16] = the
 # panel's rows . activations of the tokens listed at `tokens` (0: the first n_tok), f32 `x` [.., n],
 # or `packs` where the format is integer.

@@ -23,6 +23,7 @@ from .simd import (
     store_f32,
     store_f32x16,
 )
+from .tile import TILE
 
 ROWS = 16  # rows of a matrix that are taken at a time
 GROUP = 32  # tokens that are multiplied with some panels before the next ones are
@@ -59,7 +60,7 @@ def rows_per_task(n_rows, n, n_threads, n_tok):
     Long runs, because what is prefetched behind the end of one is read by another thread; but
     enough of them that no thread waits long for the last.
     """
-    most = 16 if n_tok == 1 else panels_of(n)
+    most = 16 if n_tok <= GROUP else panels_of(n)
     return min(max(n_rows // (_TASKS * n_threads * ROWS), 1), most) * ROWS
 
 
@@ -118,77 +119,69 @@ def row_dots(matrix, first, rows, count, ahead, x, packed, scratch):
     return out
 
 
-@function
-def unpack_panels(matrix, first, rows, count, scratch):
-    """Unpack rows of a matrix, listed, or from `first` on, into panels for panel_dots.
-
-    All the panels of a task for many tokens; for one GROUP of them one at a time, which is read
-    while the one before is multiplied.
-    """
-    n, row_bytes = arg(matrix, MATRIX.cols), arg(matrix, MATRIX.row_bytes)
-    for i in range(0, count, ROWS):
-        call_rows(
-            arg(matrix, MATRIX.unpack),
-            arg(matrix, MATRIX.data) + (0 if rows != 0 else (first + i) * row_bytes),
-            row_bytes,
-            n,
-            rows + 4 * i if rows != 0 else 0,
-            min(ROWS, count - i),
-            scratch + WORK + i // ROWS * panel_size(n),
-            np.int64(count > ROWS),
-        )
-
-
-@function
-def panel_dots(matrix, panel, first, rows, count, x, packs, tokens, n_tok, scratch):
-    """Return where float32 [n_tok, ROWS] lie: an unpacked panel times tokens, plus biases.
-
-    `first`, `rows`, `count`: the rows of the panel. `tokens`: the address of a list of token
-    numbers, or 0 for the first n_tok of x; at most GROUP.
-    """
-    n = arg(matrix, MATRIX.cols)
-    out = scratch + WORK + panels_of(n) * panel_size(n)
-    call_rows(
-        arg(matrix, MATRIX.multiply),
-        scratch + WORK + panel * panel_size(n),
-        n,
-        x,
-        packs,
-        tokens,
-        n_tok,
-        out,
-    )
-    bias = arg(matrix, MATRIX.bias)
-    if bias != 0:
-        for i in range(count):
-            row = first + row_number(rows, i)
-            value = load_f32(bias + 4 * row)
-            for t in range(n_tok):
-                at = out + 64 * t + 4 * i
-                store_f32(at, load_f32(at) + value)
-    return out
+@inline
+def _out(n, scratch):
+    """Return where the products of ROWS rows of n weights with up to GROUP tokens lie."""
+    return scratch + WORK + panels_of(n) * panel_size(n)
 
 
 @inline
 def token_list(n, scratch):
     """Return where a list of up to GROUP tokens may lie, for a matrix of rows of n weights."""
-    return scratch + WORK + panels_of(n) * panel_size(n) + 64 * GROUP
+    return _out(n, scratch) + 64 * GROUP
 
 
 @inline
-def ready_panel(matrix, first, rows, count, i, group, n_tok, scratch):
-    """Return which panel holds rows i to i + ROWS - 1 of a task's, for a group of n_tok tokens.
+def _unpacked(matrix, start, rows, n_rows, i, group, n_tok, scratch):
+    """Return where the panel of rows i to i + ROWS - 1 of a task's lies, for tile_dots.
 
-    `first`, `rows`, `count`: the rows of the task. Several groups need them all unpacked; for one
-    they are unpacked one panel at a time, and while it is multiplied the next one is fetched.
+    Several groups need them all unpacked; for one they are unpacked one panel at a time, and while
+    it is multiplied the next one is fetched.
     """
-    if n_tok > GROUP:
-        if i == 0 and group == 0:
-            unpack_panels(matrix, first, rows, count, scratch)
-        return i // ROWS
-    start, listed = rows_from(first, rows, i)
-    unpack_panels(matrix, start, listed, min(ROWS, count - i), scratch)
-    return 0
+    n, row_bytes = arg(matrix, MATRIX.cols), arg(matrix, MATRIX.row_bytes)
+    panel, is_kept = scratch + WORK, n_tok > GROUP
+    for k in range(i, n_rows if is_kept else i + 1, ROWS):
+        if not is_kept or group + i == 0:
+            first, listed = rows_from(start, rows, k)
+            call_rows(
+                arg(matrix, MATRIX.unpack),
+                arg(matrix, MATRIX.data) + first * row_bytes,
+                row_bytes,
+                n,
+                listed,
+                min(ROWS, n_rows - k),
+                panel + (k // ROWS * panel_size(n) if is_kept else 0),
+                np.int64(is_kept),
+            )
+    return panel + (i // ROWS * panel_size(n) if is_kept else 0)
+
+
+@function
+def tile_dots(matrix, start, rows, n_rows, i, x, packs, group, tokens, n_group, n_tok, scratch):
+    """Return where float32 [n_group, ROWS] lie: some rows times some of n_tok tokens, plus biases.
+
+    `start`, `rows`, `n_rows`: the rows of a task, as in row_dots; those from the i-th on are
+    multiplied, in order. `group`: the first of the tokens, `tokens`: the address of a list of
+    n_group numbers that count from there, or 0 for the first of them; at most GROUP.
+    """
+    n, row_bytes = arg(matrix, MATRIX.cols), arg(matrix, MATRIX.row_bytes)
+    count, out, few = min(ROWS, n_rows - i), _out(n, scratch), arg(matrix, MATRIX.few)
+    first, listed = rows_from(start, rows, i)
+    x, packs = x + 4 * n * group, packs + pack_stride(n) * group
+    if few != 0 and n_tok <= TILE:
+        w, panel = arg(matrix, MATRIX.data) + first * row_bytes, scratch + WORK
+        call_dots(few, w, row_bytes, n, listed, count, panel, x, packs, tokens, n_group, out)
+    else:
+        panel = _unpacked(matrix, start, rows, n_rows, i, group, n_tok, scratch)
+        call_rows(arg(matrix, MATRIX.multiply), panel, n, x, packs, tokens, n_group, out)
+    bias = arg(matrix, MATRIX.bias)
+    if bias != 0:
+        for k in range(count):
+            value = load_f32(bias + 4 * (first + row_number(listed, k)))
+            for t in range(n_group):
+                at = out + 64 * t + 4 * k
+                store_f32(at, load_f32(at) + value)
+    return out
 
 
 @function
@@ -210,11 +203,20 @@ def matmul_task(matrix, task, n_threads, n_tok, x, packs, y, y_cols, how, scratc
                     matrix, first, 0, count, rows_ahead(matrix, first, 0), x, packs, scratch
                 )
             else:
-                panel = ready_panel(
-                    matrix, start, 0, end - start, first - start, group, n_tok, scratch
+                out = tile_dots(
+                    matrix,
+                    start,
+                    0,
+                    end - start,
+                    first - start,
+                    x,
+                    packs,
+                    group,
+                    0,
+                    n_group,
+                    n_tok,
+                    scratch,
                 )
-                at, pack_at = x + 4 * n * group, packs + pack_stride(n) * group
-                out = panel_dots(matrix, panel, first, 0, count, at, pack_at, 0, n_group, scratch)
             for t in range(n_group):
                 at, source = y + 4 * ((group + t) * y_cols + first), out + 64 * t
                 if count == ROWS:

@@ -430,4 +430,4 @@ def _row_kernels(w: Weights, kv_type: int) -> list[Kernel]:
     others = {id(t) for t in sums} - {id(w.output)}
     multiplied = {int(t.type) for t in w.matrices() if id(t) not in others} | {kv_type}
     tables = [*((t, SUMS) for t in sorted(summed)), *((t, PRODUCTS) for t in sorted(multiplied))]
-    return [table[t] for t, use in tables for table in use]
+    return [table[t] for t, use in tables for table in use if t in table]

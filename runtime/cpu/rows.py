@@ -67,6 +67,10 @@ from .simd import (
     shift_left,
     shift_right,
     splat,
+    spread_first,
+    spread_fourth,
+    spread_second,
+    spread_third,
     store_f32,
     store_f32x16,
     store_i8x16,
@@ -214,18 +218,18 @@ def _padded(w, rest, size, scratch):
 
 
 @inline
-def _q6_k_half(low, high, scales, d, x_scales, bias, q, total):
-    """total + 128 weights of a Q6_K block: their 64 bytes of low nibbles, 32 of high pairs."""
-    nibbles = load_i8x64(low)
-    lanes = dot_nibbles(load_i32x16(bias), q6_k_first(nibbles, high), load_i8x64(q))
-    total = fma(to_f32(lanes), q6_k_scales(scales, d, x_scales), total)
-    lanes = dot_nibbles(load_i32x16(bias + 64), q6_k_second(nibbles, high), load_i8x64(q + 64))
-    return fma(to_f32(lanes), q6_k_scales(scales + 4, d, x_scales + 8), total)
+def _q6_k_group(weights, scales, bias, q, total):
+    """total + 64 weights of a Q6_K block times their scales, each over 4 lanes."""
+    lanes = dot_nibbles(load_i32x16(bias), weights, load_i8x64(q))
+    return fma(to_f32(lanes), scales, total)
 
 
 @inline
 def _dot_q6_k(w, n, x, ahead):
-    """Sum of d * scale * s * (sum of q6 * q8 - 32 * sum of q8); reads n / 256 * 210 bytes."""
+    """Sum of d * scale * s * (sum of q6 * q8 - 32 * sum of q8); reads n / 256 * 210 bytes.
+
+    A block of 256: 128 bytes of low nibbles, 64 of high pairs, 16 scales, d.
+    """
     _, q, bias, _, _, _ = planes(n)
     q, bias = x + q, x + bias
     even, odd = splat(np.float32(0)), splat(np.float32(0))
@@ -233,9 +237,15 @@ def _dot_q6_k(w, n, x, ahead):
         prefetch(w + ahead)
         prefetch(w + ahead + 64)
         prefetch(w + ahead + 128)
-        d = load_f16(w + 208)
-        even = _q6_k_half(w, w + 128, w + 192, d, x, bias, q, even)
-        odd = _q6_k_half(w + 64, w + 160, w + 200, d, x + 16, bias + 128, q + 128, odd)
+        scales = q6_k_scales(w + 192, load_f16(w + 208), x)
+        low, high, scale = load_i8x64(w), w + 128, spread_first(scales)
+        even = _q6_k_group(q6_k_first(low, high), scale, bias, q, even)
+        scale = spread_second(scales)
+        even = _q6_k_group(q6_k_second(low, high), scale, bias + 64, q + 64, even)
+        low, high, scale = load_i8x64(w + 64), w + 160, spread_third(scales)
+        odd = _q6_k_group(q6_k_first(low, high), scale, bias + 128, q + 128, odd)
+        scale = spread_fourth(scales)
+        odd = _q6_k_group(q6_k_second(low, high), scale, bias + 192, q + 192, odd)
         w, x, bias, q = w + 210, x + 32, bias + 256, q + 256
     return sum16(add(even, odd))
 

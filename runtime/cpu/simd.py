@@ -187,7 +187,7 @@ def _prefetches(n_lines: int, cache: int) -> Any:
 
 
 prefetch, prefetch_5 = _prefetches(1, cache=1), _prefetches(5, cache=1)
-prefetch_far = _prefetches(1, cache=2)
+prefetch_far, prefetch_far_5 = _prefetches(1, cache=2), _prefetches(5, cache=2)
 
 
 @op(I32x16, intp)
@@ -569,7 +569,7 @@ def _gather_blocks(b: Any, address: Any, n: int, stride: int, size: int) -> Any:
     return parts[0]
 
 
-def _halves_to_f32(b: Any, bits: Any) -> Any:
+def halves_to_float(b: Any, bits: Any) -> Any:
     """Return the float32 of int16 that are halves."""
     if HAS_HALF:
         n = bits.type.count
@@ -577,19 +577,37 @@ def _halves_to_f32(b: Any, bits: Any) -> Any:
     return half_to_float(b, bits)
 
 
+def words_to_bits(b: Any, addresses: list[Any]) -> Any:
+    """Load 2 bytes from each of some addresses (a multiple of 4, or 2) side by side."""
+    # Put together in integer registers: the vector units have enough to do.
+    words = []
+    for first in range(0, len(addresses), 4):
+        word = ir.Constant(i64, 0)
+        for i, address in enumerate(addresses[first : first + 4]):
+            bits = b.zext(load(b, address, i16), i64)
+            word = b.or_(word, b.shl(bits, ir.Constant(i64, 16 * i)))
+        words.append(word)
+    vector = ir.Constant(ir.VectorType(i64, len(words)), ir.Undefined)
+    for i, word in enumerate(words):
+        vector = b.insert_element(vector, word, ir.Constant(i32, i))
+    bits = b.bitcast(vector, ir.VectorType(i16, 4 * len(words)))
+    return shuffle(b, bits, bits, list(range(len(addresses))))
+
+
+def _spread(b: Any, x: Any, first: int, n: int) -> Any:
+    """Repeat n elements of x, from `first` on, each over 16 / n lanes."""
+    return shuffle(b, x, x, [first + lane * n // 16 for lane in range(16)])
+
+
 def _spread_scales(b: Any, address: Any, x_scales: Any, n: int, stride: int) -> Any:
     """Return w scale * x scale of `n` blocks, each repeated over its 16 / n lanes."""
-    # Gathered as bits, then widened all at once. A vector holds those of a group (72 or 68 bytes).
-    if HAS_VNNI:
+    if HAS_VNNI:  # a vector holds those of a group (72 or 68 bytes)
         words = load(b, address, ir.VectorType(i16, 32))
         bits = shuffle(b, words, words, [i * stride // 2 for i in range(n)])
     else:
-        bits = ir.Constant(ir.VectorType(i16, n), ir.Undefined)
-        for i in range(n):
-            scale = load(b, offset(b, address, i * stride), i16)
-            bits = b.insert_element(bits, scale, ir.Constant(i32, i))
-    floats = b.fmul(_halves_to_f32(b, bits), load(b, x_scales, ir.VectorType(float_, n)))
-    return shuffle(b, floats, floats, [lane * n // 16 for lane in range(16)])
+        bits = words_to_bits(b, [offset(b, address, i * stride) for i in range(n)])
+    floats = b.fmul(halves_to_float(b, bits), load(b, x_scales, ir.VectorType(float_, n)))
+    return _spread(b, floats, 0, n)
 
 
 @op(I8x64, intp)
@@ -612,7 +630,7 @@ def load_q4_0_scales(b, address):
         )
         for at in (0, 8 * 18)
     ]
-    return _halves_to_f32(b, _join(b, parts[0], parts[1]))
+    return halves_to_float(b, _join(b, parts[0], parts[1]))
 
 
 @op(F32x16, intp, intp)
@@ -633,35 +651,46 @@ def q8_0_scales(b, address, x_scales):
     return _spread_scales(b, address, x_scales, 2, 34)
 
 
-def _q6_k_join(b: Any, nibbles: Any, high_at: Any, shifts: tuple[int, int]) -> Any:
-    """Put 2 bits above each of 64 nibbles: of 32 bytes at `high_at`, shifted either way."""
+def _q6_k_join(b: Any, nibbles: Any, high_at: Any, shift: Any, amounts: tuple[int, int]) -> Any:
+    """Put above 64 nibbles the pairs of bits of 32 bytes at `high_at`, shifted either way."""
     high = load(b, high_at, ir.VectorType(i8, 32))
-    pairs = [b.lshr(high, constant(high.type, shift)) for shift in shifts]
-    pairs = b.and_(_join(b, pairs[0], pairs[1]), constant(I8x64.llvm, 3))
-    return b.or_(nibbles, b.shl(pairs, constant(I8x64.llvm, 4)))
+    words = b.bitcast(_join(b, high, high), ir.VectorType(i16, 32))
+    # What goes from byte to byte is masked.
+    words = shift(words, ir.Constant(words.type, [n for n in amounts for _ in range(16)]))
+    return b.or_(nibbles, b.and_(b.bitcast(words, I8x64.llvm), constant(I8x64.llvm, 0x30)))
 
 
 @op(I8x64, I8x64, intp)
 def q6_k_first(b, nibbles, high):
     """Return weights 0 to 63 (0 to 63 each) of half a Q6_K block."""
-    return _q6_k_join(b, b.and_(nibbles, constant(I8x64.llvm, 15)), high, (0, 2))
+    return _q6_k_join(b, b.and_(nibbles, constant(I8x64.llvm, 15)), high, b.shl, (4, 2))
 
 
 @op(I8x64, I8x64, intp)
 def q6_k_second(b, nibbles, high):
     """Return weights 64 to 127 of half a Q6_K block."""
-    return _q6_k_join(b, b.lshr(nibbles, constant(I8x64.llvm, 4)), high, (4, 6))
+    return _q6_k_join(b, b.lshr(nibbles, constant(I8x64.llvm, 4)), high, b.lshr, (0, 2))
 
 
 @op(F32x16, intp, float32, intp)
 def q6_k_scales(b, scales, d, x_scales):
-    """d * 4 signed bytes at `scales` * 2 float32 at `x_scales` (one for two), each over 4 lanes."""
-    four = ir.VectorType(float_, 4)
-    w = b.sitofp(load(b, scales, ir.VectorType(i8, 4)), four)
-    x = load(b, x_scales, ir.VectorType(float_, 2))
-    ds = b.insert_element(ir.Constant(four, ir.Undefined), d, ir.Constant(i32, 0))
-    w = b.fmul(b.fmul(w, shuffle(b, ds, ds, [0] * 4)), shuffle(b, x, x, [0, 0, 1, 1]))
-    return shuffle(b, w, w, [lane // 4 for lane in range(16)])
+    """d * 16 signed bytes at `scales` * 8 float32 at `x_scales`, one for two."""
+    w = b.sitofp(load(b, scales, ir.VectorType(i8, 16)), F32x16.llvm)
+    x = load(b, x_scales, ir.VectorType(float_, 8))
+    pairs = shuffle(b, x, x, [lane // 2 for lane in range(16)])
+    return b.fmul(b.fmul(w, splat_to(b, d, F32x16.llvm)), pairs)
+
+
+def _quarter(k: int) -> Any:
+    @op(F32x16, F32x16)
+    def spread(b, x):
+        return _spread(b, x, 4 * k, 4)
+
+    spread.__doc__ = f"Repeat numbers {4 * k} to {4 * k + 3} of 16, each over 4 lanes."
+    return spread
+
+
+spread_first, spread_second, spread_third, spread_fourth = (_quarter(k) for k in range(4))
 
 
 def _nibbles_f32(b: Any, address: Any, shift: int) -> Any:
@@ -754,7 +783,7 @@ def call_job(b, function, args, control, epoch, thread):
 
 @op(void, *[intp] * 12)
 def call_dots(b, function, *args):
-    """Call the kernel of rows.DOTS at address `function` with its eleven arguments."""
+    """Call a kernel of DOTS or FEWS at address `function` with its eleven arguments."""
     _call(b, function, list(args))
 
 

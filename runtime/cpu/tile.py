@@ -21,7 +21,6 @@ from .llvm import (
     constant,
     float_,
     i8,
-    i16,
     i32,
     i64,
     intp,
@@ -32,7 +31,7 @@ from .llvm import (
     splat_to,
     void,
 )
-from .simd import dot_signed, dot_unsigned
+from .simd import dot_signed, dot_unsigned, halves_to_float, words_to_bits
 
 types: Any = _types  # numba has no type hints
 
@@ -41,6 +40,7 @@ TILE = 8 if HAS_VNNI else 4
 
 Rows = types.UniTuple(intp, 16)
 Four = types.UniTuple(I32x16, 4)
+Eight = types.UniTuple(I32x16, 8)
 
 
 def _unpack(b: Any, array: Any) -> list[Any]:
@@ -81,8 +81,8 @@ def _addresses(n: int) -> Callable[..., Any]:
     return addresses
 
 
-row_addresses = _addresses(16)
-token_addresses = _addresses(TILE)
+row_addresses, token_addresses = _addresses(16), _addresses(TILE)
+four_addresses, two_addresses = _addresses(4), _addresses(2)
 
 
 @op(Four, Rows, intp)
@@ -114,14 +114,51 @@ def load_4x16(b, rows, at):
     return _pack(b, vectors)
 
 
-@op(void, Rows, intp, intp)
-def copy_halves(b, rows, at, out):
-    """Copy the 2 bytes at `at` of each row to `out` [16]."""
-    # Volatile: made into a vector operation it would be slower.
-    for i, address in enumerate(_unpack(b, rows)):
-        value = load(b, b.add(address, at), i16)
-        pointer = b.inttoptr(offset(b, out, 2 * i), i16.as_pointer())
-        b.store(value, pointer, align=1).volatile = True
+@op(Eight, Four)
+def split_nibbles(b, quads):
+    """Return the low nibbles of the bytes of four vectors, then the high ones."""
+    quads, mask = _unpack(b, quads), constant(I32x16.llvm, 0x0F0F0F0F)
+    low = [b.and_(x, mask) for x in quads]
+    return _pack(b, low + [b.and_(b.lshr(x, constant(x.type, 4)), mask) for x in quads])
+
+
+def _six_bits(left: int, right: int) -> Callable[..., Any]:
+    @op(Eight, Four, Four)
+    def join(b, nibbles, pairs):
+        """Split nibbles, and put above each the pair of bits that belongs to it."""
+        low_mask, high_mask = (constant(I32x16.llvm, m) for m in (0x0F0F0F0F, 0x30303030))
+        low, high = [], []
+        for x, two in zip(_unpack(b, nibbles), _unpack(b, pairs), strict=True):
+            above = b.and_(b.shl(two, constant(two.type, left)), high_mask)
+            low.append(b.or_(b.and_(x, low_mask), above))
+            above = b.and_(b.lshr(two, constant(two.type, right)), high_mask)
+            high.append(b.or_(b.and_(b.lshr(x, constant(x.type, 4)), low_mask), above))
+        return _pack(b, low + high)
+
+    return join
+
+
+# Of Q6_K: for weights 0-31 and 64-95 of half a block, which share nibbles, and for the others.
+six_bits_even, six_bits_odd = _six_bits(4, 0), _six_bits(2, 2)
+
+
+def _quads(result: Any) -> Callable[..., Any]:
+    @op(result, intp)
+    def load_quads(b, at):
+        """Load neighbouring vectors."""
+        at = [offset(b, at, 64 * i) for i in range(result.count)]
+        return _pack(b, [load(b, address, I32x16.llvm) for address in at])
+
+    return load_quads
+
+
+load_4_quads, load_8_quads = _quads(Four), _quads(Eight)
+
+
+@op(F32x16, Rows, intp)
+def load_halves(b, rows, at):
+    """Load the half-precision number at `at` of each row, as float32."""
+    return halves_to_float(b, words_to_bits(b, [b.add(row, at) for row in _unpack(b, rows)]))
 
 
 @op(void, intp)
@@ -224,16 +261,20 @@ def _add_scaled(b: Any, total: Any, ints: Any, w_scale: Any, x_scale: Any) -> An
     return call(b, "llvm.fma.v16f32", F32x16.llvm, floats, scale, total)
 
 
-def _int_step(n_quads: int, dot: Callable[..., Any]) -> Callable[..., Any]:
-    def step(b, totals, tokens, quads, scales, x, x_scale, x_sum, factor):
-        w_scale = load(b, scales, F32x16.llvm)
+def _int_step(dot: Callable[..., Any]) -> Callable[..., Any]:
+    def step(b, totals, tokens, quads, w_scale, x, x_scale, x_sum, factor):
+        """totals += w scale * x scale * (dot of 4 columns for each quad + factor * sum).
+
+        `quads` [..][16][4] and `w_scale` [16] are the rows'; x, x_scale, x_sum are offsets from the
+        tokens' addresses.
+        """
         factors = splat_to(b, b.trunc(factor, i32), I32x16.llvm)
         sums = []
         for token in tokens:
             x_sums = splat_to(b, load(b, b.add(token, x_sum), i32), I32x16.llvm)
             sums.append(b.mul(x_sums, factors))
-        for k in range(n_quads):
-            w = load(b, offset(b, quads, 64 * k), I8x64.llvm)
+        for k, quad in enumerate(quads):
+            w = b.bitcast(quad, I8x64.llvm)
             for t, token in enumerate(tokens):
                 four = splat_to(b, load(b, offset(b, b.add(token, x), 4 * k), i32), I32x16.llvm)
                 sums[t] = dot(b, sums[t], w, b.bitcast(four, I8x64.llvm))
@@ -242,11 +283,6 @@ def _int_step(n_quads: int, dot: Callable[..., Any]) -> Callable[..., Any]:
             out.append(_add_scaled(b, total, ints, w_scale, b.add(token, x_scale)))
         return out
 
-    step.__doc__ = f"""totals += w scale * x scale * (dot of {4 * n_quads} columns + factor * sum).
-
-    `quads` [{n_quads}][16][4] and `scales` [16] are the panel's; x, x_scale, x_sum are offsets
-    from the tokens' addresses.
-    """
     return step
 
 
@@ -260,10 +296,8 @@ def _products_step(b, totals, tokens, sums, scales, x_scale):
 
 
 products_step = _tile_op(_totals)(_products_step)
-unsigned_step_8 = _tile_op(_totals)(_int_step(8, dot_unsigned))
-unsigned_step_4 = _tile_op(_totals)(_int_step(4, dot_unsigned))
-signed_step_8 = _tile_op(_totals)(_int_step(8, dot_signed))
-signed_step_4 = _tile_op(_totals)(_int_step(4, dot_signed))
+unsigned_step = _tile_op(_totals)(_int_step(dot_unsigned))
+signed_step = _tile_op(_totals)(_int_step(dot_signed))
 
 
 # -- AMX: 16 tokens at once -------------------------------------------------------------------
