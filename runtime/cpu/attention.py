@@ -12,7 +12,7 @@ from .elementwise import exp_below, peak_of, rope_head, scale_by
 from .gemm import panel_bytes, panel_size
 from .jit import arg, function, inline, job
 from .linear import norm_task
-from .matmul import STORE, WORK, add_rows, add_to, matmul_task, n_tasks_of
+from .matmul import STORE, WORK, add_rows, add_to, first_task, matmul_task, n_tasks_of, task_data
 from .pool import finish, take, wait
 from .rows import F16, fill_zero, lead, pack_stride
 from .simd import (
@@ -58,6 +58,16 @@ def _store(kv_type, cache, x, n):
             store_f32(cache + 4 * i, load_f32(x + 4 * i))
 
 
+@inline
+def _part(args, task, n_q, n_k):
+    """Return (matrix, where its products go, which of its tasks): q comes first, then k and v."""
+    if task < n_q:
+        return args + 8 * QKV.wq, arg(args, QKV.q), task
+    if task < n_q + n_k:
+        return args + 8 * QKV.wk, arg(args, QKV.k), task - n_q
+    return args + 8 * QKV.wv, arg(args, QKV.v), task - n_q - n_k
+
+
 @job
 def qkv(args, control, epoch, thread):
     """q, k, v = norm of x @ wq, wk, wv; rope on q and k; k, v into the cache.
@@ -67,6 +77,12 @@ def qkv(args, control, epoch, thread):
     n_tok = np.int64(load_i32(arg(args, QKV.counts)))
     n = arg(args, QKV.n_embd)
     h, packs = arg(args, QKV.h), arg(args, QKV.packs)
+    wq, wk = args + 8 * QKV.wq, args + 8 * QKV.wk
+    scratch = arg(args, QKV.scratch) + thread * arg(args, QKV.scratch_bytes)
+    n_threads = arg(args, QKV.n_threads)
+    n_q, n_k = n_tasks_of(wq, n_threads, n_tok), n_tasks_of(wk, n_threads, n_tok)
+    n_tasks = n_q + 2 * n_k
+    task = first_task(control, 1, epoch, n_tasks, wq, n_threads, n_tok)
     while True:
         t = take(control, 0, epoch, n_tok)
         if t < 0:
@@ -83,23 +99,14 @@ def qkv(args, control, epoch, thread):
     if not wait(control, 0, epoch, n_tok):
         return
 
-    wq, wk, wv = args + 8 * QKV.wq, args + 8 * QKV.wk, args + 8 * QKV.wv
-    scratch = arg(args, QKV.scratch) + thread * arg(args, QKV.scratch_bytes)
-    n_threads = arg(args, QKV.n_threads)
-    n_q, n_k = n_tasks_of(wq, n_threads, n_tok), n_tasks_of(wk, n_threads, n_tok)
-    n_tasks = n_q + 2 * n_k
-    while True:
-        task = take(control, 1, epoch, n_tasks)
-        if task < 0:
-            break
-        w, y = wq, arg(args, QKV.q)
-        if task >= n_q + n_k:
-            w, y, task = wv, arg(args, QKV.v), task - n_q - n_k
-        elif task >= n_q:
-            w, y, task = wk, arg(args, QKV.k), task - n_q
-        rows = arg(w, MATRIX.rows)
-        matmul_task(w, task, n_threads, n_tok, h, packs, y, rows, STORE, scratch)
+    while task >= 0:
+        following = take(control, 1, epoch, n_tasks)
+        w, y, part = _part(args, task, n_q, n_k)
+        next_w, _, next_part = _part(args, max(following, task), n_q, n_k)
+        ahead, rows = task_data(next_w, next_part, n_threads, n_tok), arg(w, MATRIX.rows)
+        matmul_task(w, part, ahead, n_threads, n_tok, h, packs, y, rows, STORE, scratch)
         finish(control, 1)
+        task = following
     if not wait(control, 1, epoch, n_tasks):
         return
 

@@ -9,8 +9,8 @@ import numpy as np
 from .block import address, build, layout
 from .jit import arg, job
 from .pool import Pool, finish, program, take, wait
-from .rows import SLACK, lead, row_number
-from .simd import load_i32x16, or_i32, prefetch, prefetch_far, store_i32x16
+from .rows import SLACK, fetch_far, lead, row_number
+from .simd import load_i32x16, or_i32, prefetch, store_i32x16
 
 SIZE = 512 << 20  # bytes: several times what caches hold
 _PIECE, _SMALL_PIECE = 1 << 18, 1 << 14
@@ -81,8 +81,8 @@ def read_rows(args, control, epoch, thread):
         for i in range(task * size, min(task * size + size, n_rows)):
             at = data + row_number(rows, i) * row_bytes
             next_row = data + row_number(rows, i + ahead) * row_bytes
+            fetch_far(next_row, row_bytes)
             for line in range(0, row_bytes, 64):
-                prefetch_far(next_row + line)
                 bits = or_i32(bits, load_i32x16(at + min(line, row_bytes - 64)))
         store_i32x16(out + 64 * thread, bits)
         finish(control, 0)

@@ -37,6 +37,7 @@ from .matmul import (
     rows_ahead,
     rows_from,
     rows_per_task,
+    task_data,
 )
 from .pool import finish, take, wait
 from .rows import (
@@ -402,7 +403,8 @@ def standard_down(args, control, epoch, scratch):
         task = take(control, 5, epoch, n_tasks)
         if task < 0:
             break
-        matmul_task(down, task, n_threads, n_tok, act, packs, x, n_embd, ADD, scratch)
+        next_w = task_data(down, task + n_threads, n_threads, n_tok)
+        matmul_task(down, task, next_w, n_threads, n_tok, act, packs, x, n_embd, ADD, scratch)
         if finish(control, 5) == n_tasks - 1:
             _answer(arg(args, FFN.exchange))
             finish(control, 5)

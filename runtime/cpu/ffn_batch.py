@@ -23,6 +23,7 @@ from .matmul import (
     WORK,
     add_rows,
     add_to,
+    rows_ahead,
     rows_from,
     rows_per_task,
     tile_dots,
@@ -98,7 +99,10 @@ def _dots(args, matrix, flags, start, rows, n_rows, i, group, n_group, scratch):
         for t in range(n_group):
             store_i32(tokens + 4 * t, np.int32(t))
     x, packs = arg(args, FFN.h), arg(args, FFN.packs)
-    out = tile_dots(matrix, start, rows, n_rows, i, x, packs, group, listed, wanted, n_tok, scratch)
+    next_w = rows_ahead(matrix, first, 0)[0]
+    out = tile_dots(
+        matrix, start, rows, n_rows, i, next_w, x, packs, group, listed, wanted, n_tok, scratch
+    )
     return wanted, out
 
 

@@ -286,10 +286,10 @@ def _multiply_tiles(type_, n, panel, tokens, stride, following, sums, out):
 
 
 @inline
-def _note_following(w, row_bytes, rows, n, panel):
-    """Write down which 16 rows follow some; return where that is."""
+def _note_following(w, row_bytes, rows, next_w, n, panel):
+    """Write down which 16 rows are fetched, the next in a list or at next_w; return where."""
     behind = rows + 4 * PANEL if rows != 0 else 0
-    next_w = w if rows != 0 else w + PANEL * row_bytes
+    next_w = w if rows != 0 else next_w
     ahead, following = row_addresses(next_w, row_bytes, behind, PANEL - 1), _following(panel, n)
     for i in range(PANEL):
         store_i64(following + 8 * i, ahead[i])
@@ -300,7 +300,7 @@ def _note_following(w, row_bytes, rows, n, panel):
 def _make_unpack(type_):
     def unpack(w, row_bytes, n, rows, count, panel, is_next):
         here = row_addresses(w, row_bytes, rows, count - 1)
-        noted = _note_following(w, row_bytes, rows, n, panel)
+        noted = _note_following(w, row_bytes, rows, w + PANEL * row_bytes, n, panel)
         following = noted if is_next != 0 else 0
         if type_ == Q4_0:
             _unpack_q4_0(here, following, n, panel)
@@ -317,9 +317,9 @@ def _make_unpack(type_):
 
 
 def _make_few(type_):
-    def few(w, row_bytes, n, rows, count, panel, x, packs, tokens, n_tok, out):
+    def few(w, row_bytes, n, rows, count, next_w, panel, packs, tokens, n_tok, out):
         here = row_addresses(w, row_bytes, rows, count - 1)
-        following = _note_following(w, row_bytes, rows, n, panel)
+        following = _note_following(w, row_bytes, rows, next_w, n, panel)
         stride, t = pack_stride(n), 0
         while t < n_tok:
             left, to = n_tok - t, out + 64 * t
@@ -388,8 +388,8 @@ def _make_multiply(type_):
 # panel_bytes(n); lanes behind them repeat the last one. `rows` as in rows.DOTS. The 16 rows behind
 # are prefetched: now if `is_next`, else while the panel is multiplied.
 UNPACKS = {int(type_): _make_unpack(int(type_)) for type_ in COMPUTE_TYPES}
-# few(w, row_bytes, n, rows, count, panel, x, packs, tokens, n_tok, out): both for few tokens of
-# integer formats; the panel is scratch.
+# few(w, row_bytes, n, rows, count, next_w, panel, packs, tokens, n_tok, out): both for few tokens
+# of integer formats. `panel` is scratch; what is prefetched begins at next_w, or is next in a list.
 FEWS = {int(type_): _make_few(int(type_)) for type_ in INTEGER_DOT}
 # multiply(panel, n, x, packs, tokens, n_tok, out): out f32 [n_tok to a multiple of 16][16] = the
 # panel's rows . activations of the tokens listed at `tokens` (0: the first n_tok), f32 `x` [.., n],

@@ -12,9 +12,12 @@ from .matmul import (
     STORE,
     WORK,
     add_to,
+    first_task,
+    matmul,
     matmul_task,
     n_tasks_of,
     rows_per_task,
+    task_data,
 )
 from .pool import finish, take, wait
 from .rows import fill_zero, pack, pack_stride
@@ -131,20 +134,14 @@ def out_add(args, control, epoch, thread):
     n_tok = np.int64(load_i32(arg(args, OUT.counts)))
     wo = args + 8 * OUT.wo
     cols, rows = arg(wo, MATRIX.cols), arg(wo, MATRIX.rows)
-    a, packs = arg(args, OUT.a), arg(args, OUT.packs)
-    if not pack_tokens(control, epoch, a, cols, n_tok, packs, arg(args, OUT.ones)):
-        return
+    a, packs, x = arg(args, OUT.a), arg(args, OUT.packs), arg(args, OUT.x)
     scratch = arg(args, OUT.scratch) + thread * arg(args, OUT.scratch_bytes)
     n_threads = arg(args, OUT.n_threads)
     n_tasks = n_tasks_of(wo, n_threads, n_tok)
-    while True:
-        task = take(control, 1, epoch, n_tasks)
-        if task < 0:
-            break
-        x = arg(args, OUT.x)
-        matmul_task(wo, task, n_threads, n_tok, a, packs, x, rows, ADD, scratch)
-        finish(control, 1)
-    wait(control, 1, epoch, n_tasks)
+    task = first_task(control, 1, epoch, n_tasks, wo, n_threads, n_tok)
+    if not pack_tokens(control, epoch, a, cols, n_tok, packs, arg(args, OUT.ones)):
+        return
+    matmul(control, 1, epoch, task, wo, n_threads, n_tok, a, packs, x, rows, ADD, scratch)
 
 
 CLEAR = layout("counts x n")
@@ -197,19 +194,17 @@ def predict(args, control, epoch, thread):
     n_threads = arg(args, PREDICT.n_threads)
 
     n_pack = 0 if arg(args, PREDICT.is_packed) else n_tok
+    n_tasks = n_tasks_of(fc1, n_threads, n_tok)
+    task = first_task(control, 1, epoch, n_tasks, fc1, n_threads, n_tok)
     if not pack_tokens(control, epoch, x, n, n_pack, packs, ones):
         return
-
-    n_tasks = n_tasks_of(fc1, n_threads, n_tok)
-    while True:
-        task = take(control, 1, epoch, n_tasks)
-        if task < 0:
-            break
-        matmul_task(fc1, task, n_threads, n_tok, x, packs, hidden, rank, STORE, scratch)
-        finish(control, 1)
-    if not wait(control, 1, epoch, n_tasks):
+    if not matmul(
+        control, 1, epoch, task, fc1, n_threads, n_tok, x, packs, hidden, rank, STORE, scratch
+    ):
         return
 
+    n_tasks = n_tasks_of(fc2, n_threads, n_tok)
+    task = first_task(control, 3, epoch, n_tasks, fc2, n_threads, n_tok)
     while True:
         t = take(control, 2, epoch, n_tok)
         if t < 0:
@@ -226,12 +221,13 @@ def predict(args, control, epoch, thread):
     # One threshold for each sequence, in rows of one for each layer; ours is the first.
     thresholds, stride = arg(args, PREDICT.thresholds), 4 * arg(args, PREDICT.n_layer)
     n_ff, scores, mask = arg(fc2, MATRIX.rows), arg(args, PREDICT.scores), arg(args, PREDICT.mask)
-    n_tasks, size = n_tasks_of(fc2, n_threads, n_tok), rows_per_task(n_ff, rank, n_threads, n_tok)
-    while True:
-        task = take(control, 3, epoch, n_tasks)
-        if task < 0:
-            break
-        matmul_task(fc2, task, n_threads, n_tok, hidden, hidden_packs, scores, n_ff, STORE, scratch)
+    size = rows_per_task(n_ff, rank, n_threads, n_tok)
+    while task >= 0:
+        following = take(control, 3, epoch, n_tasks)
+        next_w = task_data(fc2, max(following, task), n_threads, n_tok)
+        matmul_task(
+            fc2, task, next_w, n_threads, n_tok, hidden, hidden_packs, scores, n_ff, STORE, scratch
+        )
         start, end = task * size, min(task * size + size, n_ff)
         for t in range(n_tok):
             sequence = np.int64(load_i32(arg(args, PREDICT.rows) + 4 * t))
@@ -243,6 +239,7 @@ def predict(args, control, epoch, thread):
                 is_taken = load_f32(scores + 4 * (at + i)) >= threshold
                 store_u8(mask + at + i, np.uint8(is_taken))
         finish(control, 3)
+        task = following
     wait(control, 3, epoch, n_tasks)
 
 
@@ -259,6 +256,10 @@ def head(args, control, epoch, thread):
     """logits [n_out, n_vocab] = norm of x of the wanted tokens @ output^T."""
     n_out = np.int64(load_i32(arg(args, HEAD.counts) + 4))
     n = arg(args, HEAD.n_embd)
+    scratch = arg(args, HEAD.scratch) + thread * arg(args, HEAD.scratch_bytes)
+    output, n_threads = args + 8 * HEAD.output, arg(args, HEAD.n_threads)
+    n_tasks = n_tasks_of(output, n_threads, n_out)
+    task = first_task(control, 1, epoch, n_tasks, output, n_threads, n_out)
     h, packs = arg(args, HEAD.h), arg(args, HEAD.packs)
     while True:
         i = take(control, 0, epoch, n_out)
@@ -276,15 +277,8 @@ def head(args, control, epoch, thread):
         finish(control, 0)
     if not wait(control, 0, epoch, n_out):
         return
-    scratch = arg(args, HEAD.scratch) + thread * arg(args, HEAD.scratch_bytes)
-    output = args + 8 * HEAD.output
-    n_threads, rows = arg(args, HEAD.n_threads), arg(output, MATRIX.rows)
-    n_tasks = n_tasks_of(output, n_threads, n_out)
-    while True:
-        task = take(control, 1, epoch, n_tasks)
-        if task < 0:
-            break
-        logits = arg(args, HEAD.logits)
-        matmul_task(output, task, n_threads, n_out, h, packs, logits, rows, STORE, scratch)
-        finish(control, 1)
-    wait(control, 1, epoch, n_tasks)
+    h, packs = arg(args, HEAD.h), arg(args, HEAD.packs)
+    logits, rows = arg(args, HEAD.logits), arg(output, MATRIX.rows)
+    matmul(
+        control, 1, epoch, task, output, n_threads, n_out, h, packs, logits, rows, STORE, scratch
+    )

@@ -10,7 +10,8 @@ import numpy as np
 from .block import MATRIX
 from .gemm import panel_bytes, panel_size
 from .jit import arg, function, inline
-from .rows import SCRATCH, SLACK, lead, pack_stride, row_number
+from .pool import finish, take, wait
+from .rows import SCRATCH, SLACK, fetch_far, lead, pack_stride, row_number
 from .simd import (
     add,
     call_dots,
@@ -27,7 +28,8 @@ from .tile import TILE
 
 ROWS = 16  # rows of a matrix that are taken at a time
 GROUP = 32  # tokens that are multiplied with some panels before the next ones are
-_TASKS = 8  # for each thread, that a matrix is cut into
+FIRST = 16384  # bytes of a task that are asked for before it begins
+_TASKS = 16  # for each thread, that a matrix is cut into
 _PANELS_BYTES = 480 << 10  # of panels at once: they stay in the second cache
 
 # A thread's scratch: the end of a row, what its rows came to, two lists of rows, and from WORK on
@@ -82,11 +84,11 @@ def rows_from(first, rows, i):
 
 @inline
 def rows_ahead(matrix, first, rows):
-    """Return (next_w, next_rows) of rows.DOTS for a matrix that is read in order."""
+    """Return (next_w, next_rows) of rows.DOTS: a little further in a list, or the next ROWS."""
     data, size = arg(matrix, MATRIX.data), arg(matrix, MATRIX.row_bytes)
     if rows != 0:
         return data, rows + 4 * lead(size)
-    return data + (first + lead(size)) * size, np.int64(0)
+    return data + (first + ROWS) * size, np.int64(0)
 
 
 @function
@@ -157,12 +159,15 @@ def _unpacked(matrix, start, rows, n_rows, i, group, n_tok, scratch):
 
 
 @function
-def tile_dots(matrix, start, rows, n_rows, i, x, packs, group, tokens, n_group, n_tok, scratch):
+def tile_dots(
+    matrix, start, rows, n_rows, i, next_w, x, packs, group, tokens, n_group, n_tok, scratch
+):
     """Return where float32 [n_group, ROWS] lie: some rows times some of n_tok tokens, plus biases.
 
     `start`, `rows`, `n_rows`: the rows of a task, as in row_dots; those from the i-th on are
-    multiplied, in order. `group`: the first of the tokens, `tokens`: the address of a list of
-    n_group numbers that count from there, or 0 for the first of them; at most GROUP.
+    multiplied, in order. next_w: where the rows begin that are fetched meanwhile, if there is no
+    list. `group`: the first of the tokens, `tokens`: the address of a list of n_group numbers that
+    count from there, or 0 for the first of them; at most GROUP.
     """
     n, row_bytes = arg(matrix, MATRIX.cols), arg(matrix, MATRIX.row_bytes)
     count, out, few = min(ROWS, n_rows - i), _out(n, scratch), arg(matrix, MATRIX.few)
@@ -170,7 +175,7 @@ def tile_dots(matrix, start, rows, n_rows, i, x, packs, group, tokens, n_group, 
     x, packs = x + 4 * n * group, packs + pack_stride(n) * group
     if few != 0 and n_tok <= TILE:
         w, panel = arg(matrix, MATRIX.data) + first * row_bytes, scratch + WORK
-        call_dots(few, w, row_bytes, n, listed, count, panel, x, packs, tokens, n_group, out)
+        call_dots(few, w, row_bytes, n, listed, count, next_w, panel, packs, tokens, n_group, out)
     else:
         panel = _unpacked(matrix, start, rows, n_rows, i, group, n_tok, scratch)
         call_rows(arg(matrix, MATRIX.multiply), panel, n, x, packs, tokens, n_group, out)
@@ -184,13 +189,51 @@ def tile_dots(matrix, start, rows, n_rows, i, x, packs, group, tokens, n_group, 
     return out
 
 
+@inline
+def task_data(matrix, task, n_threads, n_tok):
+    """Return where the rows of a task begin."""
+    n, n_rows = arg(matrix, MATRIX.cols), arg(matrix, MATRIX.rows)
+    size = rows_per_task(n_rows, n, n_threads, n_tok)
+    return arg(matrix, MATRIX.data) + task * size * arg(matrix, MATRIX.row_bytes)
+
+
+@inline
+def first_task(control, phase, epoch, n_tasks, matrix, n_threads, n_tok):
+    """Take a task, and ask for its first rows before what they are multiplied with is there."""
+    task = take(control, phase, epoch, n_tasks)
+    if task >= 0:
+        nbytes = min(ROWS * arg(matrix, MATRIX.row_bytes), FIRST)
+        fetch_far(task_data(matrix, task, n_threads, n_tok), nbytes)
+    return task
+
+
 @function
-def matmul_task(matrix, task, n_threads, n_tok, x, packs, y, y_cols, how, scratch):
+def matmul(
+    control, phase, epoch, task, matrix, n_threads, n_tok, x, packs, y, y_cols, how, scratch
+):
+    """y [n_tok, y_cols] = or += x @ matrix^T + bias, by tasks; `task` comes from first_task.
+
+    Like wait().
+    """
+    n_tasks = n_tasks_of(matrix, n_threads, n_tok)
+    while task >= 0:
+        # Taken before this one is done, so that its rows can be fetched.
+        following = take(control, phase, epoch, n_tasks)
+        next_w = task_data(matrix, max(following, task), n_threads, n_tok)
+        matmul_task(matrix, task, next_w, n_threads, n_tok, x, packs, y, y_cols, how, scratch)
+        finish(control, phase)
+        task = following
+    return wait(control, phase, epoch, n_tasks)
+
+
+@function
+def matmul_task(matrix, task, next_w, n_threads, n_tok, x, packs, y, y_cols, how, scratch):
     """y [n_tok, y_cols] = or += x [n_tok, cols] @ matrix [rows, cols]^T + bias, for a task's rows.
 
-    x float32; `packs`: the same activations packed.
+    x float32; `packs`: the same activations packed. next_w: where the task begins that comes next.
     """
-    n, n_rows = arg(matrix, MATRIX.cols), arg(matrix, MATRIX.rows)
+    n, row_bytes = arg(matrix, MATRIX.cols), arg(matrix, MATRIX.row_bytes)
+    n_rows = arg(matrix, MATRIX.rows)
     size = rows_per_task(n_rows, n, n_threads, n_tok)
     start = task * size
     end = min(start + size, n_rows)
@@ -198,24 +241,15 @@ def matmul_task(matrix, task, n_threads, n_tok, x, packs, y, y_cols, how, scratc
         n_group = min(GROUP, n_tok - group)
         for first in range(start, end, ROWS):
             count = min(ROWS, end - first)
+            ahead = next_w
+            if first + ROWS < end:
+                ahead = arg(matrix, MATRIX.data) + (first + ROWS) * row_bytes
             if n_tok == 1:
-                out = row_dots(
-                    matrix, first, 0, count, rows_ahead(matrix, first, 0), x, packs, scratch
-                )
+                out = row_dots(matrix, first, 0, count, (ahead, np.int64(0)), x, packs, scratch)
             else:
+                n_task, i = end - start, first - start
                 out = tile_dots(
-                    matrix,
-                    start,
-                    0,
-                    end - start,
-                    first - start,
-                    x,
-                    packs,
-                    group,
-                    0,
-                    n_group,
-                    n_tok,
-                    scratch,
+                    matrix, start, 0, n_task, i, ahead, x, packs, group, 0, n_group, n_tok, scratch
                 )
             for t in range(n_group):
                 at, source = y + 4 * ((group + t) * y_cols + first), out + 64 * t

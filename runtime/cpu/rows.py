@@ -53,8 +53,11 @@ from .simd import (
     mul,
     or_i32,
     prefetch,
+    prefetch_4,
     prefetch_5,
     prefetch_far,
+    prefetch_far_4,
+    prefetch_far_5,
     q4_0_high,
     q4_0_low,
     q4_0_scales,
@@ -89,7 +92,7 @@ Q4_K, Q5_K, Q6_K = int(GGMLType.Q4_K), int(GGMLType.Q5_K), int(GGMLType.Q6_K)
 
 BLOCK = 48  # bytes of one of a pack's blocks
 SLACK = 32  # numbers that may be read behind a list of rows
-AHEAD = 4096  # bytes between a read and its prefetch; by whole rows, so that lists of rows work
+AHEAD = 8192  # bytes between a read and its prefetch; by whole rows, so that lists of rows work
 SCRATCH = 128  # bytes of a thread's scratch that `dot` uses for the end of a row
 
 
@@ -172,7 +175,32 @@ def _group(type_, w, scales, bias, q, total):
 
 
 @inline
-def _dot2_blocks(type_, v, w, n, x, scratch, next_v, next_w):
+def _ask(address, is_soon):
+    """Ask for a line: what is wanted much later has no room in the first cache."""
+    if is_soon:
+        prefetch(address)
+    else:
+        prefetch_far(address)
+
+
+@inline
+def _ask_4(address, is_soon):
+    if is_soon:
+        prefetch_4(address)
+    else:
+        prefetch_far_4(address)
+
+
+@inline
+def _ask_5(address, is_soon):
+    if is_soon:
+        prefetch_5(address)
+    else:
+        prefetch_far_5(address)
+
+
+@inline
+def _dot2_blocks(type_, v, w, n, x, scratch, next_v, next_w, is_listed):
     """The dot products of two rows of Q4_0 or Q8_0; call it with a constant type.
 
     Q4_0: sum over blocks of d * s * (sum of q4 * q8 - 8 * sum of q8), n / 32 * 18 bytes read a row;
@@ -189,16 +217,19 @@ def _dot2_blocks(type_, v, w, n, x, scratch, next_v, next_w):
     # Two sums a row, so that one waits for its multiply-add while the other goes on.
     even_v, odd_v = splat(np.float32(0)), splat(np.float32(0))
     even_w, odd_w = splat(np.float32(0)), splat(np.float32(0))
-    at = next_v
+    # Neighbours are one run of lines without a gap; of a list w comes in the second half.
+    at, turn = next_v, n_groups // 4 if is_listed else -1
     for i in range(n_groups // 2):
-        at = next_w if i == n_groups // 4 else at
-        prefetch_5(at)  # 288 bytes of Q4_0, 272 of Q8_0
+        at = next_w if i == turn else at
+        _ask_5(at, is_listed)  # 288 bytes of Q4_0, 272 of Q8_0
         even_v = _group(type_, v, x, bias, q, even_v)
         even_w = _group(type_, w, x, bias, q, even_w)
         odd_v = _group(type_, v + size, x + 4 * blocks, bias + 64, q + 32 * blocks, odd_v)
         odd_w = _group(type_, w + size, x + 4 * blocks, bias + 64, q + 32 * blocks, odd_w)
         v, w, at = v + 2 * size, w + 2 * size, at + 4 * size
         x, bias, q = x + 8 * blocks, bias + 128, q + 64 * blocks
+    if n_groups % 2 or rest:
+        _ask_5(at, is_listed)
     if n_groups % 2:
         even_v = _group(type_, v, x, bias, q, even_v)
         even_w = _group(type_, w, x, bias, q, even_w)
@@ -225,7 +256,7 @@ def _q6_k_group(weights, scales, bias, q, total):
 
 
 @inline
-def _dot_q6_k(w, n, x, ahead):
+def _dot_q6_k(w, n, x, ahead, is_listed):
     """Sum of d * scale * s * (sum of q6 * q8 - 32 * sum of q8); reads n / 256 * 210 bytes.
 
     A block of 256: 128 bytes of low nibbles, 64 of high pairs, 16 scales, d.
@@ -234,9 +265,7 @@ def _dot_q6_k(w, n, x, ahead):
     q, bias = x + q, x + bias
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     for _ in range(n // 256):
-        prefetch(w + ahead)
-        prefetch(w + ahead + 64)
-        prefetch(w + ahead + 128)
+        _ask_4(w + ahead, is_listed)  # a line that nobody asks for stops those behind it
         scales = q6_k_scales(w + 192, load_f16(w + 208), x)
         low, high, scale = load_i8x64(w), w + 128, spread_first(scales)
         even = _q6_k_group(q6_k_first(low, high), scale, bias, q, even)
@@ -324,14 +353,14 @@ def load1(type_, w, i):
 
 
 @inline
-def dot_float(type_, w, n, x, ahead):
+def _dot_float(type_, w, n, x, ahead, is_listed):
     """Sum of w * x with weights widened to float32; call it with a constant type."""
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     for i in range(0, n - 31, 32):
         if type_ <= F16 or type_ == BF16:  # others find their bytes elsewhere
-            prefetch(w + (4 if type_ == F32 else 2) * i + ahead)
+            _ask(w + (4 if type_ == F32 else 2) * i + ahead, is_listed)
             if type_ == F32:
-                prefetch(w + 4 * i + ahead + 64)
+                _ask(w + 4 * i + ahead + 64, is_listed)
         even = fma(load16(type_, w, i), load_f32x16(x + 4 * i), even)
         odd = fma(load16(type_, w, i + 16), load_f32x16(x + 4 * i + 64), odd)
     total = sum16(add(even, odd))
@@ -388,6 +417,7 @@ def fetch_far(row, nbytes):
     """
     for line in range(0, nbytes, 64):
         prefetch_far(row + line)
+    prefetch_far(row + nbytes - 1)  # it may begin in the middle of a line
 
 
 @inline
@@ -429,12 +459,12 @@ def _make_dots(type_):
             v, u = row_at(w, row_bytes, rows, i, count), row_at(w, row_bytes, rows, j, count)
             next_v, next_u = to_fetch(w, row_bytes, rows, i, j, count, next_w, next_rows, row_bytes)
             if in_twos:
-                a, b = _dot2_blocks(type_, v, u, n, packed, scratch, next_v, next_u)
+                a, b = _dot2_blocks(type_, v, u, n, packed, scratch, next_v, next_u, rows != 0)
                 store_f32(out + 4 * j, b)
             elif type_ == Q6_K:
-                a = _dot_q6_k(v, n, packed, next_v - v)
+                a = _dot_q6_k(v, n, packed, next_v - v, rows != 0)
             else:
-                a = dot_float(type_, v, n, x, next_v - v)
+                a = _dot_float(type_, v, n, x, next_v - v, rows != 0)
             store_f32(out + 4 * i, a)
 
     return Kernel(dots, 11, f"dots_{GGMLType(type_).name}")

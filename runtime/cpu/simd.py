@@ -186,8 +186,8 @@ def _prefetches(n_lines: int, cache: int) -> Any:
     return prefetch
 
 
-prefetch, prefetch_5 = _prefetches(1, cache=1), _prefetches(5, cache=1)
-prefetch_far, prefetch_far_5 = _prefetches(1, cache=2), _prefetches(5, cache=2)
+prefetch, prefetch_4, prefetch_5 = (_prefetches(n, cache=1) for n in (1, 4, 5))
+prefetch_far, prefetch_far_4, prefetch_far_5 = (_prefetches(n, cache=2) for n in (1, 4, 5))
 
 
 @op(I32x16, intp)
