@@ -136,12 +136,12 @@ def _decide(args, rows, start, n_rows, scratch):
                     store_f32x16(act + 4 * where, g)
                     store_not_zero(fired + where, g)
                 else:
-                    for j in range(count):
+                    for j in range(count):  # without branches, which nobody could foretell
                         one, where = load_f32(at + 4 * j), token + first + row_number(listed, j)
-                        if not has_mask or load_u8(mask + where) != 0:
-                            store_f32(act + 4 * where, one)
-                            if one != 0:
-                                store_u8(fired + where, np.uint8(FIRED))
+                        if has_mask:
+                            one = one if load_u8(mask + where) != 0 else np.float32(0)
+                        store_f32(act + 4 * where, one)
+                        store_u8(fired + where, np.uint8(FIRED if one != 0 else 0))
 
 
 @function
@@ -168,13 +168,14 @@ def _multiply(args, rows, start, n_rows, scratch):
                 else:
                     for j in range(count):
                         where, u = token + first + row_number(listed, j), load_f32(at + 4 * j)
-                        if is_dense or load_u8(fired + where) != 0:
-                            if kind == DRELU:
-                                u = max(u, np.float32(0))
-                                if u == 0 and load_u8(fired + where) != 0:
-                                    store_u8(fired + where, np.uint8(HALF_FIRED))
-                                    atomic_add(arg(args, FFN.totals) + 24, -1)
-                            store_f32(act + 4 * where, load_f32(act + 4 * where) * u)
+                        has_fired = load_u8(fired + where) != 0
+                        if kind == DRELU:
+                            u = max(u, np.float32(0))
+                            if u == 0 and has_fired:
+                                store_u8(fired + where, np.uint8(HALF_FIRED))
+                                atomic_add(arg(args, FFN.totals) + 24, -1)
+                        g = load_f32(act + 4 * where)
+                        store_f32(act + 4 * where, g * u if is_dense or has_fired else g)
 
 
 @function

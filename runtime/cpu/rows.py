@@ -477,8 +477,7 @@ def _make_widen(type_):
         for i in range(count):
             at, to = w + row_number(rows, i) * row_bytes, out + i * out_bytes
             ahead = w + row_number(rows, i + 24) * row_bytes
-            for line in range(0, n // block_size * block_bytes, 64):
-                prefetch_far(ahead + line)
+            fetch_far(ahead, n // block_size * block_bytes)
             if type_ in (Q4_0, Q8_0):
                 for block in range(n // 32):
                     source = at + block * block_bytes
