@@ -3,7 +3,8 @@
 `inline` functions are building blocks. A Kernel is a C function, compiled when its address is
 first asked for and cached on disk between runs; a `job` is one that the thread pool runs. numba's
 cache looks only at the file of the function itself, so the directory's name carries a hash of all
-kernel sources.
+kernel sources. Where many are missing, processes of their own help to compile them; a lock for each
+kernel says who is at it, whoever they belong to.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 import shutil
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +29,20 @@ from ..errors import RequestError
 from ..paths import cache_dir
 from . import isa, simd
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 # Without the wrappers that Python would call (a sixth of the time to compile), so that kernels only
 # may call these; Python may call their `py_func`.
 inline = numba.njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True)
 # Larger pieces stay functions: copied into every place that uses them they take long to compile.
 function = numba.njit(error_model="numpy", no_cpython_wrapper=True)
 _compiling = threading.Lock()
+# Processes that compile at once, this one included, and from how many kernels on: to start one
+# takes as long as to compile one.
+_PROCESSES, _MANY = 4, 6
 
 
 @functools.cache
@@ -65,6 +77,9 @@ def nogil(signature: str) -> Callable[[Callable[..., Any]], Any]:
     return lambda function: compile_cached(numba.njit, signature, function, nogil=True)
 
 
+_KERNELS: dict[str, Kernel] = {}
+
+
 class Kernel:
     """A function of `n_args` words (intp) that machine code calls by its address."""
 
@@ -72,6 +87,7 @@ class Kernel:
         self._function, self._signature = function, types.void(*[types.intp] * n_args)
         self.name = name
         self._compiled: Any = None
+        _KERNELS[name] = self
 
     @property
     def address(self) -> int:
@@ -91,12 +107,83 @@ def job(function: Callable[..., Any]) -> Kernel:
     return Kernel(function, 4, f"job_{function.__name__}")
 
 
+@contextlib.contextmanager
+def _claim(kernel: Kernel, wait: bool) -> Iterator[bool]:
+    """Be the only one that compiles a kernel; yields False if another is, and we do not wait."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if fcntl is None:
+                raise OSError
+            kernel_cache().mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(kernel_cache() / f"{kernel.name}.lock", "w"))
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass  # no such locks here, or no cache: then some are compiled twice
+        yield True
+
+
+def compile_all(kernels: Sequence[Kernel]) -> None:
+    """Make kernels ready to run, first those that no other process is compiling."""
+    others = []
+    for kernel in kernels:
+        with _claim(kernel, wait=False) as is_ours:
+            if is_ours:
+                _ = kernel.address
+            else:
+                others.append(kernel)
+    for kernel in others:
+        with _claim(kernel, wait=True):
+            _ = kernel.address
+
+
+_HELPER = """
+import sys
+from powerinfer.runtime.cpu import isa
+isa.use(sys.argv[1])
+from powerinfer.runtime.cpu import jit, operators
+jit.compile_all([jit._KERNELS[name] for name in sys.argv[2:]])
+"""
+
+
+def _start_helpers(missing: Sequence[Kernel]) -> list[subprocess.Popen[bytes]]:
+    """Start processes that compile the same kernels as this one, from the last one on."""
+    if fcntl is None or not sys.executable or len(missing) < _MANY:
+        return []
+    n = min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1, _PROCESSES) - 1
+    command = [sys.executable, "-c", _HELPER, isa.ISA, *(k.name for k in reversed(missing))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    nothing = subprocess.DEVNULL
+    with contextlib.suppress(OSError):  # without a cache, or without more processes
+        kernel_cache().mkdir(parents=True, exist_ok=True)
+        return [
+            subprocess.Popen(
+                command, env=environment, stdin=nothing, stdout=nothing, stderr=nothing
+            )
+            for _ in range(n)
+        ]
+    return []
+
+
 def load_kernels(kernels: Sequence[Kernel], notify: Callable[[str], Any]) -> None:
     """Make kernels ready to run; `notify` is told if that means compiling, seconds for each."""
     if numba.config.DISABLE_JIT:
         raise RequestError("NUMBA_DISABLE_JIT is set: use --backend numpy, or unset it")
-    if not all(kernel.is_cached for kernel in kernels):
-        notify("compiling kernels, once")
+    missing = [kernel for kernel in dict.fromkeys(kernels) if not kernel.is_cached]
+    if not missing:
+        for kernel in kernels:
+            _ = kernel.address
+        return
+    notify("compiling kernels, once")
+    helpers = _start_helpers(missing)
+    try:
+        compile_all(missing)
+    finally:
+        for helper in helpers:
+            helper.terminate()
+            helper.wait()
     for kernel in kernels:
         _ = kernel.address
 
