@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,14 +186,18 @@ class Recorder(Watcher):
         self.seen.append(np.where(b.fired[:n] != 0, b.act[:n], 0))
 
 
+HANGS_AFTER = 10  # seconds; what does not takes one
+
+
 def survives(is_right):
-    """Return what a function does in a child process, False if it fails there.
+    """Return what a function does in a child process, False if it fails there, or hangs.
 
     Kernels that are given nonsense may bring their process down.
     """
     child = os.fork()
     if not child:
         faulthandler.disable()
+        signal.alarm(HANGS_AFTER)
         with contextlib.suppress(BaseException):
             os._exit(0 if is_right() else 1)
         os._exit(1)
