@@ -56,7 +56,7 @@ def dense_rows(n_threads: int, rounds: int) -> tuple[float, float]:
     scratch_bytes = matmul.scratch_bytes(COLS, 1)
     block = build(
         linear.OUT,
-        counts=np.ones(1, np.int32),
+        counts=(counts := np.ones(1, np.int32)),
         a=(a := np.ones(COLS, np.float32)),
         packs=(packs := np.zeros(pack_bytes(COLS) + 64, np.uint8)[-pack_bytes(COLS) :]),
         ones=(ones := np.ones(64, np.int8)),
@@ -66,7 +66,7 @@ def dense_rows(n_threads: int, rounds: int) -> tuple[float, float]:
         n_threads=n_threads,
         wo=matrix(weights),
     )
-    keep = (a, packs, ones, x, scratch)
+    keep = (counts, a, packs, ones, x, scratch)
     pool, reader = Pool(n_threads), Reader(data.reshape(-1))
     jobs = program([(linear.out_add.address, address(block))])
     pool.run(jobs)
