@@ -26,16 +26,16 @@ def compile_cached(decorator, signature, function, **options):
 jit.compile_cached = compile_cached
 said, helpers, start, kernels = [], [], jit._start_helpers, list(WIDENS.values())
 
-def start_helpers(missing):
-    helpers.extend(start(missing))
+def start_helpers(missing, n):
+    helpers.extend(start(missing, n))
     while helpers and not any(kernel.is_cached for kernel in kernels):
         assert helpers[0].poll() is None
         time.sleep(0.01)
     return helpers
 
 jit._start_helpers = start_helpers
-jit.load_kernels(kernels, said.append)
-jit.load_kernels(kernels, said.append)
+jit.load_kernels(kernels, said.append, 2)
+jit.load_kernels(kernels, said.append, 2)
 codes = [helper.poll() for helper in helpers]
 print(json.dumps([said, here, codes, [kernel.is_cached for kernel in kernels]]))
 """
@@ -48,7 +48,6 @@ def load_in_a_process(cache):
     return json.loads(done.stdout)
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_helpers_share_the_work(tmp_path):
     """What a helper has compiled is loaded; nobody is left over; then there is nothing to do."""
     said, hits, codes, are_cached = load_in_a_process(tmp_path)
@@ -74,7 +73,7 @@ def test_others_first(tmp_path, monkeypatch):
             return 0
 
     first, second = Kernel("first"), Kernel("second")
-    with jit._claim(first, wait=True) as is_ours:
+    with jit._claim(first, 0) as is_ours:
         assert is_ours
         thread = threading.Thread(target=jit.compile_all, args=([first, second],))
         thread.start()
@@ -88,6 +87,16 @@ def test_others_first(tmp_path, monkeypatch):
 def test_without_a_cache(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(jit, "kernel_cache", lambda: tmp_path / "file")
-    assert jit._start_helpers(list(WIDENS.values())) == []
-    with jit._claim(WIDENS[0], wait=False) as is_ours:
+    assert jit._start_helpers(list(WIDENS.values()), 1) == []
+    with jit._claim(WIDENS[0], 0) as is_ours:
         assert is_ours
+
+
+def test_a_stopped_process_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(jit, "kernel_cache", lambda: tmp_path)
+    monkeypatch.setattr(jit, "_PATIENCE_S", 0.1)
+    kernel = WIDENS[0]
+    with jit._claim(kernel, 0) as is_ours, jit._claim(kernel, 0) as is_theirs:
+        assert (is_ours, is_theirs) == (True, False)
+        jit.compile_all([kernel])
+    assert kernel.is_cached

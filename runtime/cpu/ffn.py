@@ -31,13 +31,13 @@ from .matmul import (
     LISTED,
     ROWS,
     add_to,
+    following_task,
     matmul_task,
     n_tasks_of,
     row_dots,
     rows_ahead,
     rows_from,
     rows_per_task,
-    task_data,
 )
 from .pool import finish, take, wait
 from .rows import (
@@ -399,15 +399,14 @@ def standard_down(args, control, epoch, scratch):
     n_embd, act = arg(down, MATRIX.rows), arg(args, FFN.act)
     packs, x = arg(args, FFN.act_packs), arg(args, FFN.x)
     n_tasks = n_tasks_of(down, n_threads, n_tok)
-    while True:
-        task = take(control, 5, epoch, n_tasks)
-        if task < 0:
-            break
-        next_w = task_data(down, task + n_threads, n_threads, n_tok)
+    task = take(control, 5, epoch, n_tasks)
+    while task >= 0:
+        following, next_w = following_task(control, 5, epoch, n_tasks, task, down, n_threads, n_tok)
         matmul_task(down, task, next_w, n_threads, n_tok, act, packs, x, n_embd, ADD, scratch)
         if finish(control, 5) == n_tasks - 1:
             _answer(arg(args, FFN.exchange))
             finish(control, 5)
+        task = following
     wait(control, 5, epoch, n_tasks + 1)
 
 

@@ -121,33 +121,27 @@ def _store_quads(at, quads, zero):
 
 
 @inline
-def _q4_0_quads(rows, block):
-    """Block: f16 scale, 16 bytes: weight j in the low, weight j + 16 in the high nibble of j."""
-    return split_nibbles(load_4x16(rows, 18 * block + 2))
+def _block_of_32(type_, rows, block):
+    """Return (eight quads, scales) of a block of Q4_0 or Q8_0; call it with a constant type.
+
+    Q4_0: f16 scale, 16 bytes: weight j in the low, weight j + 16 in the high nibble of j.
+    Q8_0: f16 scale, 32 signed bytes.
+    """
+    if type_ == Q4_0:
+        return split_nibbles(load_4x16(rows, 18 * block + 2)), load_halves(rows, 18 * block)
+    quads = load_4x16(rows, 34 * block + 2) + load_4x16(rows, 34 * block + 18)
+    return quads, load_halves(rows, 34 * block)
 
 
 @inline
-def _q8_0_quads(rows, block):
-    """Block: f16 scale, 32 signed bytes."""
-    return load_4x16(rows, 34 * block + 2) + load_4x16(rows, 34 * block + 18)
-
-
-@inline
-def _unpack_q4_0(rows, following, n, panel):
+def _unpack_32(type_, rows, following, n, panel):
+    """Q4_0 and Q8_0."""
     n_blocks, row, due = n // 32, 0, 0
     for block in range(n_blocks):
         row, due = _fetch(following, row, due, n_blocks)
-        _store_quads(panel + 512 * block, _q4_0_quads(rows, block), 8)
-        store_f32x16(panel + _scales(n) + 64 * block, load_halves(rows, 18 * block))
-
-
-@inline
-def _unpack_q8_0(rows, following, n, panel):
-    n_blocks, row, due = n // 32, 0, 0
-    for block in range(n_blocks):
-        row, due = _fetch(following, row, due, n_blocks)
-        _store_quads(panel + 512 * block, _q8_0_quads(rows, block), 0)
-        store_f32x16(panel + _scales(n) + 64 * block, load_halves(rows, 34 * block))
+        quads, scale = _block_of_32(type_, rows, block)
+        _store_quads(panel + 512 * block, quads, 8 if type_ == Q4_0 else 0)
+        store_f32x16(panel + _scales(n) + 64 * block, scale)
 
 
 @inline
@@ -253,10 +247,7 @@ def _multiply_few(type_, rows, n, panel, tokens, following, out):
     else:
         for i in range(n // 32):
             row, due = _fetch(following, row, due, n // 32)
-            if type_ == Q4_0:
-                quads, scale = _q4_0_quads(rows, i), load_halves(rows, 18 * i)
-            else:
-                quads, scale = _q8_0_quads(rows, i), load_halves(rows, 34 * i)
+            quads, scale = _block_of_32(type_, rows, i)
             totals = _add_32(totals, tokens, quads, type_ == Q8_0, scale, x + BLOCK * i)
     store_totals(totals, out)
 
@@ -302,10 +293,8 @@ def _make_unpack(type_):
         here = row_addresses(w, row_bytes, rows, count - 1)
         noted = _note_following(w, row_bytes, rows, w + PANEL * row_bytes, n, panel)
         following = noted if is_next != 0 else 0
-        if type_ == Q4_0:
-            _unpack_q4_0(here, following, n, panel)
-        elif type_ == Q8_0:
-            _unpack_q8_0(here, following, n, panel)
+        if type_ in (Q4_0, Q8_0):
+            _unpack_32(type_, here, following, n, panel)
         elif type_ == Q6_K:
             _unpack_q6_k(here, following, n, panel)
         else:

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ inline = numba.njit(forceinline=True, error_model="numpy", no_cpython_wrapper=Tr
 function = numba.njit(error_model="numpy", no_cpython_wrapper=True)
 _compiling = threading.Lock()
 # Processes that compile at once, this one included, and from how many kernels on: to start one
-# takes as long as to compile one.
-_PROCESSES, _MANY = 4, 6
+# takes as long as to compile one. How long one waits for another's kernel.
+_PROCESSES, _MANY, _PATIENCE_S = 4, 6, 60.0
 
 
 @functools.cache
@@ -108,18 +109,24 @@ def job(function: Callable[..., Any]) -> Kernel:
 
 
 @contextlib.contextmanager
-def _claim(kernel: Kernel, wait: bool) -> Iterator[bool]:
-    """Be the only one that compiles a kernel; yields False if another is, and we do not wait."""
+def _claim(kernel: Kernel, patience_s: float) -> Iterator[bool]:
+    """Be the only one that compiles a kernel; yields False if another is, all this time."""
+    deadline = time.monotonic() + patience_s
     with contextlib.ExitStack() as stack:
         try:
             if fcntl is None:
                 raise OSError
             kernel_cache().mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(kernel_cache() / f"{kernel.name}.lock", "w"))
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        yield False
+                        return
+                    time.sleep(0.01)
         except OSError:
             pass  # no such locks here, or no cache: then some are compiled twice
         yield True
@@ -129,13 +136,13 @@ def compile_all(kernels: Sequence[Kernel]) -> None:
     """Make kernels ready to run, first those that no other process is compiling."""
     others = []
     for kernel in kernels:
-        with _claim(kernel, wait=False) as is_ours:
+        with _claim(kernel, 0) as is_ours:
             if is_ours:
                 _ = kernel.address
             else:
                 others.append(kernel)
     for kernel in others:
-        with _claim(kernel, wait=True):
+        with _claim(kernel, _PATIENCE_S):  # not for ever: it may have been stopped
             _ = kernel.address
 
 
@@ -148,11 +155,10 @@ jit.compile_all([jit._KERNELS[name] for name in sys.argv[2:]])
 """
 
 
-def _start_helpers(missing: Sequence[Kernel]) -> list[subprocess.Popen[bytes]]:
-    """Start processes that compile the same kernels as this one, from the last one on."""
+def _start_helpers(missing: Sequence[Kernel], n: int) -> list[subprocess.Popen[bytes]]:
+    """Start n processes that compile the same kernels as this one, from the last one on."""
     if fcntl is None or not sys.executable or len(missing) < _MANY:
         return []
-    n = min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1, _PROCESSES) - 1
     command = [sys.executable, "-c", _HELPER, isa.ISA, *(k.name for k in reversed(missing))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     nothing = subprocess.DEVNULL
@@ -167,23 +173,20 @@ def _start_helpers(missing: Sequence[Kernel]) -> list[subprocess.Popen[bytes]]:
     return []
 
 
-def load_kernels(kernels: Sequence[Kernel], notify: Callable[[str], Any]) -> None:
+def load_kernels(kernels: Sequence[Kernel], notify: Callable[[str], Any], n_cores: int = 1) -> None:
     """Make kernels ready to run; `notify` is told if that means compiling, seconds for each."""
     if numba.config.DISABLE_JIT:
         raise RequestError("NUMBA_DISABLE_JIT is set: use --backend numpy, or unset it")
     missing = [kernel for kernel in dict.fromkeys(kernels) if not kernel.is_cached]
-    if not missing:
-        for kernel in kernels:
-            _ = kernel.address
-        return
-    notify("compiling kernels, once")
-    helpers = _start_helpers(missing)
-    try:
-        compile_all(missing)
-    finally:
-        for helper in helpers:
-            helper.terminate()
-            helper.wait()
+    if missing:
+        notify("compiling kernels, once")
+        helpers = _start_helpers(missing, min(n_cores, _PROCESSES) - 1)
+        try:
+            compile_all(missing)
+        finally:
+            for helper in helpers:
+                helper.terminate()
+                helper.wait()
     for kernel in kernels:
         _ = kernel.address
 

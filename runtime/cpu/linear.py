@@ -13,11 +13,11 @@ from .matmul import (
     WORK,
     add_to,
     first_task,
+    following_task,
     matmul,
     matmul_task,
     n_tasks_of,
     rows_per_task,
-    task_data,
 )
 from .pool import finish, take, wait
 from .rows import fill_zero, pack, pack_stride
@@ -223,8 +223,7 @@ def predict(args, control, epoch, thread):
     n_ff, scores, mask = arg(fc2, MATRIX.rows), arg(args, PREDICT.scores), arg(args, PREDICT.mask)
     size = rows_per_task(n_ff, rank, n_threads, n_tok)
     while task >= 0:
-        following = take(control, 3, epoch, n_tasks)
-        next_w = task_data(fc2, max(following, task), n_threads, n_tok)
+        following, next_w = following_task(control, 3, epoch, n_tasks, task, fc2, n_threads, n_tok)
         matmul_task(
             fc2, task, next_w, n_threads, n_tok, hidden, hidden_packs, scores, n_ff, STORE, scratch
         )

@@ -207,6 +207,13 @@ def first_task(control, phase, epoch, n_tasks, matrix, n_threads, n_tok):
     return task
 
 
+@inline
+def following_task(control, phase, epoch, n_tasks, task, matrix, n_threads, n_tok):
+    """Take the task after this one before it is done; return it, and which rows to fetch for it."""
+    following = take(control, phase, epoch, n_tasks)
+    return following, task_data(matrix, max(following, task), n_threads, n_tok)
+
+
 @function
 def matmul(
     control, phase, epoch, task, matrix, n_threads, n_tok, x, packs, y, y_cols, how, scratch
@@ -217,9 +224,9 @@ def matmul(
     """
     n_tasks = n_tasks_of(matrix, n_threads, n_tok)
     while task >= 0:
-        # Taken before this one is done, so that its rows can be fetched.
-        following = take(control, phase, epoch, n_tasks)
-        next_w = task_data(matrix, max(following, task), n_threads, n_tok)
+        following, next_w = following_task(
+            control, phase, epoch, n_tasks, task, matrix, n_threads, n_tok
+        )
         matmul_task(matrix, task, next_w, n_threads, n_tok, x, packs, y, y_cols, how, scratch)
         finish(control, phase)
         task = following

@@ -51,7 +51,8 @@ class CPU:
         notify: Callable[[str], Any] = lambda _: None,
     ) -> None:
         kv_type = F16 if plan.cache.k.dtype == np.float16 else F32
-        load_kernels([*_JOBS, *_row_kernels(plan.weights, kv_type)], notify)
+        kernels = [*_JOBS, *_row_kernels(plan.weights, kv_type)]
+        load_kernels(kernels, notify, physical_cores())
         self.pool = Pool(threads or physical_cores())
         self.plan = plan
         self._keep: list[np.ndarray] = []  # memory that blocks point to
