@@ -436,6 +436,19 @@ FAULTS = {
         "race",
     ),
     "an element too many": ("add_parts", "if (i >= p.n) return;", "", "out of bounds"),
+    "a scale where all is zero": ("pack", "amax < SMALLEST_AMAX", "amax < 0", "arithmetic"),
+    "pairs of the whole head": (
+        "rope_append",
+        "is_apart ? i + p.half",
+        "is_apart ? i + p.head_dim / 2",
+        "race",
+    ),
+    "k of the first head alone": (
+        "rope_append",
+        "head - p.n_head - is_v * p.n_head_kv",
+        "0",
+        "race",
+    ),
 }
 
 
@@ -485,13 +498,7 @@ WRONG = {
         "int(rintf(x[i] * inverse))",
         "int(x[i] * inverse + (x[i] < 0 ? -0.5f : 0.5f))",
     ),
-    "a scale where all is zero": ("pack", "amax < SMALLEST_AMAX", "amax < 0"),
     "128 steps": ("pack", "amax / 127;", "amax / 128;"),
-    "pairs of the whole head": (
-        "rope_append",
-        "is_apart ? i + p.half",
-        "is_apart ? i + p.head_dim / 2",
-    ),
     "rotated the other way": ("rope_append", "a = __fsub_rn(", "a = __fadd_rn("),
     "v is rotated": ("rope_append", "i < p.half && !is_v", "i < p.half"),
     "the next slot": (
@@ -499,7 +506,6 @@ WRONG = {
         "position % PAGE) * head_dim",
         "(position + 1) % PAGE) * head_dim",
     ),
-    "k of the first head alone": ("rope_append", "head - p.n_head - is_v * p.n_head_kv", "0"),
     "a part left out": (
         "add_parts",
         "(int s = 0; s < p.n_parts; s++)",

@@ -301,6 +301,19 @@ FAULTS = {
         "race",
     ),
     "a column too many": ("if (column < p.down_t.cols) {", "{", "race"),
+    "more than the threshold": ("= mine >= threshold", "= mine > threshold", "uninitialised read"),
+    "more than the threshold before": ("theirs[k] >= threshold", "theirs[k] > threshold", "race"),
+    "the block just before": ("b < block &&", "b < block - 1 &&", "race"),
+    "slots of other warps": (
+        "COMPACT_THREADS + warp_id() * WARP)",
+        "COMPACT_THREADS)",
+        "out of bounds",
+    ),
+    "act by neuron": (
+        "p.act[row + i] = neuron.act;",
+        "p.act[row + n] = neuron.act;",
+        "uninitialised read",
+    ),
 }
 
 
@@ -315,13 +328,9 @@ def test_check_finds_planted_faults(name):
 
 WRONG = {
     # Faults that break no rule: only a comparison finds them.
-    "more than the threshold": ("= mine >= threshold", "= mine > threshold"),
     "the threshold of another layer": ("p.n_layer + p.il]", "p.n_layer + p.il - 1]"),
     "cold without the mask": ("predicted && !listed;", "!listed;"),
     "heat of the resident alone": ("NEURON_BLOCK, n_predicted)", "NEURON_BLOCK, __popc(all))"),
-    "more than the threshold before": ("theirs[k] >= threshold", "theirs[k] > threshold"),
-    "the block just before": ("b < block &&", "b < block - 1 &&"),
-    "slots of other warps": ("COMPACT_THREADS + warp_id() * WARP)", "COMPACT_THREADS)"),
     "fired is not cleared": ("p.fired[row + n] = 0;", "p.fired[row + n] = 1;"),
     "the wrong slot": (
         "slot[n / NEURON_BLOCK] * NEURON_BLOCK + n % NEURON_BLOCK",
@@ -332,7 +341,6 @@ WRONG = {
         "n",
     ),
     "the bias of a place": ("p.decider_bias[n]", "p.decider_bias[i]"),
-    "act by neuron": ("p.act[row + i] = neuron.act;", "p.act[row + n] = neuron.act;"),
     "fired by place": ("p.fired[row + n] = neuron.fired;", "p.fired[row + i] = neuron.fired;"),
     "up before its relu": ("up = up < 0 ? 0 : up;", ""),
     "half fired as fired": ("up == 0 ? HALF_FIRED : FIRED", "FIRED"),

@@ -126,8 +126,9 @@ class Array:
     def __init__(self, shape: tuple[int, ...], dtype: Any, name: str, check: bool) -> None:
         self.shape, self.dtype, self.name = shape, np.dtype(dtype), name
         self.nbytes = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
-        self._memory = np.empty(self.nbytes + 2 * ALIGNMENT, np.uint8)
-        start = -self._memory.ctypes.data % ALIGNMENT
+        # What a fault writes just before or behind it, where nothing is checked, is not the heap's.
+        self._memory = np.empty(self.nbytes + 3 * ALIGNMENT, np.uint8)
+        start = ALIGNMENT + -self._memory.ctypes.data % ALIGNMENT
         self._bytes = self._memory[start : start + self.nbytes]
         self._bytes.fill(0xFF)  # a NaN, for those who read what nobody wrote
         self.address = self._memory.ctypes.data + start
