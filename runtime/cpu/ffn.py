@@ -268,7 +268,9 @@ def _down(args, n_active, lane, n_lanes, first, width):
     lanes, bias, x = arg(args, FFN.lanes), arg(args, FFN.down_bias), arg(args, FFN.x)
     # Columns begin at whole blocks, so that this is exact.
     data, nbytes = arg(down, MATRIX.data) + row_bytes * first // n_embd, row_bytes * width // n_embd
-    begin, end = n_active * lane // n_lanes, n_active * (lane + 1) // n_lanes
+    n_groups = (n_active + GROUP - 1) // GROUP  # whole ones: as many as are added together
+    begin = n_groups * lane // n_lanes * GROUP
+    end = min(n_groups * (lane + 1) // n_lanes * GROUP, n_active)
     y, rows, count = lanes + 4 * n_embd * lane, active + 4 * begin, end - begin
     distance = max(lead(nbytes), GROUP)
     fill_zero(y + 4 * first, width)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..formats import BLOCK_SIZES, COMPUTE_TYPES, SMALLEST_AMAX, GGMLType
+from ..formats import row_bytes as bytes_of
 from .isa import Q8_BIAS
 from .jit import Kernel, function, inline
 from .simd import (
@@ -175,32 +176,29 @@ def _group(type_, w, scales, bias, q, total):
 
 
 @inline
-def _ask(address, is_soon):
-    """Ask for a line: what is wanted much later has no room in the first cache."""
-    if is_soon:
-        prefetch(address)
-    else:
-        prefetch_far(address)
+def ask(far, near, is_listed):
+    """Ask for a line of what comes later, and of a list for one that comes next; see to_fetch."""
+    prefetch_far(far)
+    if is_listed:
+        prefetch(near)
 
 
 @inline
-def _ask_4(address, is_soon):
-    if is_soon:
-        prefetch_4(address)
-    else:
-        prefetch_far_4(address)
+def _ask_4(far, near, is_listed):
+    prefetch_far_4(far)
+    if is_listed:
+        prefetch_4(near)
 
 
 @inline
-def _ask_5(address, is_soon):
-    if is_soon:
-        prefetch_5(address)
-    else:
-        prefetch_far_5(address)
+def _ask_5(far, near, is_listed):
+    prefetch_far_5(far)
+    if is_listed:
+        prefetch_5(near)
 
 
 @inline
-def _dot2_blocks(type_, v, w, n, x, scratch, next_v, next_w, is_listed):
+def _dot2_blocks(type_, v, w, n, x, scratch, far_v, far_w, near_v, near_w, is_listed):
     """The dot products of two rows of Q4_0 or Q8_0; call it with a constant type.
 
     Q4_0: sum over blocks of d * s * (sum of q4 * q8 - 8 * sum of q8), n / 32 * 18 bytes read a row;
@@ -218,18 +216,19 @@ def _dot2_blocks(type_, v, w, n, x, scratch, next_v, next_w, is_listed):
     even_v, odd_v = splat(np.float32(0)), splat(np.float32(0))
     even_w, odd_w = splat(np.float32(0)), splat(np.float32(0))
     # Neighbours are one run of lines without a gap; of a list w comes in the second half.
-    at, turn = next_v, n_groups // 4 if is_listed else -1
+    far, near, turn = far_v, near_v, n_groups // 4 if is_listed else -1
     for i in range(n_groups // 2):
-        at = next_w if i == turn else at
-        _ask_5(at, is_listed)  # 288 bytes of Q4_0, 272 of Q8_0
+        if i == turn:
+            far, near = far_w, near_w
+        _ask_5(far, near, is_listed)  # 288 bytes of Q4_0, 272 of Q8_0
         even_v = _group(type_, v, x, bias, q, even_v)
         even_w = _group(type_, w, x, bias, q, even_w)
         odd_v = _group(type_, v + size, x + 4 * blocks, bias + 64, q + 32 * blocks, odd_v)
         odd_w = _group(type_, w + size, x + 4 * blocks, bias + 64, q + 32 * blocks, odd_w)
-        v, w, at = v + 2 * size, w + 2 * size, at + 4 * size
+        v, w, far, near = v + 2 * size, w + 2 * size, far + 4 * size, near + 4 * size
         x, bias, q = x + 8 * blocks, bias + 128, q + 64 * blocks
     if n_groups % 2 or rest:
-        _ask_5(at, is_listed)
+        _ask_5(far, near, is_listed)
     if n_groups % 2:
         even_v = _group(type_, v, x, bias, q, even_v)
         even_w = _group(type_, w, x, bias, q, even_w)
@@ -256,7 +255,7 @@ def _q6_k_group(weights, scales, bias, q, total):
 
 
 @inline
-def _dot_q6_k(w, n, x, ahead, is_listed):
+def _dot_q6_k(w, n, x, far, near, is_listed):
     """Sum of d * scale * s * (sum of q6 * q8 - 32 * sum of q8); reads n / 256 * 210 bytes.
 
     A block of 256: 128 bytes of low nibbles, 64 of high pairs, 16 scales, d.
@@ -265,7 +264,7 @@ def _dot_q6_k(w, n, x, ahead, is_listed):
     q, bias = x + q, x + bias
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     for _ in range(n // 256):
-        _ask_4(w + ahead, is_listed)  # a line that nobody asks for stops those behind it
+        _ask_4(far, near, is_listed)  # a line that nobody asks for stops those behind it
         scales = q6_k_scales(w + 192, load_f16(w + 208), x)
         low, high, scale = load_i8x64(w), w + 128, spread_first(scales)
         even = _q6_k_group(q6_k_first(low, high), scale, bias, q, even)
@@ -275,7 +274,8 @@ def _dot_q6_k(w, n, x, ahead, is_listed):
         odd = _q6_k_group(q6_k_first(low, high), scale, bias + 128, q + 128, odd)
         scale = spread_fourth(scales)
         odd = _q6_k_group(q6_k_second(low, high), scale, bias + 192, q + 192, odd)
-        w, x, bias, q = w + 210, x + 32, bias + 256, q + 256
+        w, far, near = w + 210, far + 210, near + 210
+        x, bias, q = x + 32, bias + 256, q + 256
     return sum16(add(even, odd))
 
 
@@ -353,14 +353,16 @@ def load1(type_, w, i):
 
 
 @inline
-def _dot_float(type_, w, n, x, ahead, is_listed):
-    """Sum of w * x with weights widened to float32; call it with a constant type."""
+def _dot_float(type_, size, w, n, x, far, near, is_listed):
+    """Sum of w * x with weights widened to float32; call it with a constant type.
+
+    `size`: the bytes of 32 weights.
+    """
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     for i in range(0, n - 31, 32):
-        if type_ <= F16 or type_ == BF16:  # others find their bytes elsewhere
-            _ask(w + (4 if type_ == F32 else 2) * i + ahead, is_listed)
-            if type_ == F32:
-                _ask(w + 4 * i + ahead + 64, is_listed)
+        for line in range(0, size, 64):
+            ask(far + line, near + line, is_listed)
+        far, near = far + size, near + size
         even = fma(load16(type_, w, i), load_f32x16(x + 4 * i), even)
         odd = fma(load16(type_, w, i + 16), load_f32x16(x + 4 * i + 64), odd)
     total = sum16(add(even, odd))
@@ -434,37 +436,40 @@ def row_at(w, row_bytes, rows, i, count):
 
 
 @inline
-def to_fetch(w, row_bytes, rows, i, j, count, next_w, next_rows, nbytes):
-    """Return what is fetched into the first cache while rows i and j (or i alone) are read.
+def to_fetch(w, row_bytes, rows, i, j, count, next_w, next_rows):
+    """Return what is fetched while rows i and j (or i alone) are read: far, far, near, near.
 
-    Of a list these are the ones that come next: what comes later is fetched far.
+    The far ones go into the second cache, which waits for more lines at a time than the first; a
+    piece of them with every piece that is read, since what does not fit into its queue holds up
+    all that is read meanwhile. Of a list the near ones, which come next, go on into the first.
     """
-    next_v = next_w + row_number(next_rows, i) * row_bytes
-    next_u = next_w + row_number(next_rows, j) * row_bytes
-    if rows != 0:
-        fetch_far(next_v, nbytes)
-        if j != i:
-            fetch_far(next_u, nbytes)
-        next_v = row_at(w, row_bytes, rows, j + 1, count)
-        next_u = row_at(w, row_bytes, rows, j + 2, count)
-    return next_v, next_u
+    far_v = next_w + row_number(next_rows, i) * row_bytes
+    far_w = next_w + row_number(next_rows, j) * row_bytes
+    near_v = row_at(w, row_bytes, rows, j + 1, count)
+    return far_v, far_w, near_v, row_at(w, row_bytes, rows, j + 2, count)
 
 
 def _make_dots(type_):
+    size = bytes_of(GGMLType(type_), 256) // 8  # of 32 weights
+
     def dots(w, row_bytes, n, rows, count, next_w, next_rows, x, packed, scratch, out):
         in_twos = type_ in (Q4_0, Q8_0)
         for i in range(0, count, 2 if in_twos else 1):
             # A last row without a partner is multiplied twice.
             j = min(i + 1, count - 1) if in_twos else i
             v, u = row_at(w, row_bytes, rows, i, count), row_at(w, row_bytes, rows, j, count)
-            next_v, next_u = to_fetch(w, row_bytes, rows, i, j, count, next_w, next_rows, row_bytes)
+            far_v, far_u, near_v, near_u = to_fetch(
+                w, row_bytes, rows, i, j, count, next_w, next_rows
+            )
             if in_twos:
-                a, b = _dot2_blocks(type_, v, u, n, packed, scratch, next_v, next_u, rows != 0)
+                a, b = _dot2_blocks(
+                    type_, v, u, n, packed, scratch, far_v, far_u, near_v, near_u, rows != 0
+                )
                 store_f32(out + 4 * j, b)
             elif type_ == Q6_K:
-                a = _dot_q6_k(v, n, packed, next_v - v, rows != 0)
+                a = _dot_q6_k(v, n, packed, far_v, near_v, rows != 0)
             else:
-                a = _dot_float(type_, v, n, x, next_v - v, rows != 0)
+                a = _dot_float(type_, size, v, n, x, far_v, near_v, rows != 0)
             store_f32(out + 4 * i, a)
 
     return Kernel(dots, 11, f"dots_{GGMLType(type_).name}")

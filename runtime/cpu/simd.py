@@ -242,17 +242,21 @@ def next_digits(b, x):
     return b.ashr(x, constant(x.type, 7))
 
 
-@op(I32x16, I32x16)
-def sum_4_bytes(b, x):
-    """Return the sum of the 4 signed bytes of each number."""
-    return dot_unsigned(b, constant(x.type, 0), constant(I8x64.llvm, 1), b.bitcast(x, I8x64.llvm))
-
-
 @op(I32x16, I32x16, int32)
 def sub_bytes(b, x, n):
     """Subtract n from each of the 64 bytes."""
     every = splat_to(b, b.trunc(n, i8), I8x64.llvm)
     return b.bitcast(b.sub(b.bitcast(x, I8x64.llvm), every), I32x16.llvm)
+
+
+@op(I32x16, I32x16, I32x16)
+def sub_i32(b, x, y):
+    return b.sub(x, y)
+
+
+@op(I32x16, I32x16, int32)
+def shift_right_signed(b, x, n):
+    return b.ashr(x, splat_to(b, n, I32x16.llvm))
 
 
 @op(I32x16, I32x16, I32x16)
@@ -535,7 +539,10 @@ def dot_signed(b: Any, total: Any, w: Any, x: Any) -> Any:
 
 @op(I32x16, I32x16, I8x64, I8x64)
 def dot_nibbles(b, total, nibbles, x):
-    """total + sums of 4 neighbouring products of small unsigned (to 127) and signed bytes."""
+    """total + sums of 4 neighbouring products of unsigned and signed bytes.
+
+    The former are at most 127; or the latter are from -64 to 64: two products must fit int16.
+    """
     return dot_unsigned(b, total, nibbles, x)
 
 
@@ -643,6 +650,12 @@ def q4_0_scales(b, address, x_scales):
 def load_q8_0_quants(b, address):
     """Load the 64 bytes of 2 consecutive Q8_0 blocks."""
     return _gather_blocks(b, address, 2, 34, 32)
+
+
+@op(F32x16, intp)
+def load_q8_0_scales(b, address):
+    """Load the scales of 16 consecutive Q8_0 blocks as float32."""
+    return halves_to_float(b, words_to_bits(b, [offset(b, address, 34 * i) for i in range(16)]))
 
 
 @op(F32x16, intp, intp)
