@@ -220,20 +220,18 @@ def _axpys_float(type_, size, w, row_bytes, n, rows, count, next_w, next_rows, v
 
 
 def _make_axpys(type_):
-    size = bytes_of(GGMLType(type_), 256) // 16  # of 16 weights
+    size, in_groups = bytes_of(GGMLType(type_), 256) // 16, type_ in (Q4_0, Q8_0)  # of 16 weights
     block_bytes = BLOCK_SIZES[GGMLType(type_)][1]
 
-    # Two functions, since numba compiles what is behind a constant condition, too.
-    def blocks(w, row_bytes, n, rows, count, next_w, next_rows, values, y):
-        _axpys_blocks(
-            type_, block_bytes, w, row_bytes, n, rows, count, next_w, next_rows, values, y
-        )
+    def axpys(w, row_bytes, n, rows, count, next_w, next_rows, values, y):
+        if in_groups:
+            _axpys_blocks(
+                type_, block_bytes, w, row_bytes, n, rows, count, next_w, next_rows, values, y
+            )
+        else:
+            _axpys_float(type_, size, w, row_bytes, n, rows, count, next_w, next_rows, values, y)
 
-    def floats(w, row_bytes, n, rows, count, next_w, next_rows, values, y):
-        _axpys_float(type_, size, w, row_bytes, n, rows, count, next_w, next_rows, values, y)
-
-    function = blocks if type_ in (Q4_0, Q8_0) else floats
-    return Kernel(function, 9, f"axpys_{GGMLType(type_).name}")
+    return Kernel(axpys, 9, f"axpys_{GGMLType(type_).name}")
 
 
 # axpys(w, row_bytes, n, rows, count, next_w, next_rows, values, y), arguments as in rows.DOTS.

@@ -14,6 +14,8 @@ it nor on how many there are.
 
 from __future__ import annotations
 
+from numba import literally
+
 from ..formats import COMPUTE_TYPES, INTEGER_DOT, GGMLType
 from .isa import HAS_AMX, Q8_BIAS
 from .jit import Kernel, inline
@@ -215,29 +217,31 @@ def _add_256(totals, tokens, quads_at, scales, x):
 
 @inline
 def _multiply(type_, n, panel, tokens, following, out):
-    """out [tokens, 16] for as many tokens as the tuple holds; call it with a constant type."""
+    """out [tokens, 16] for as many tokens as the tuple holds."""
+    literally(type_)
     totals, scales, x = no_totals(tokens), panel + _scales(n), planes(n)[5]
     row, due = 0, 0
-    if type_ in (Q4_0, Q8_0):
-        for i in range(n // 32):
-            row, due = _fetch(following, row, due, n // 32)
-            quads, scale = load_8_quads(panel + 512 * i), load_f32x16(scales + 64 * i)
-            is_signed = type_ == Q8_0 or HAS_AMX
-            totals = _add_32(totals, tokens, quads, is_signed, scale, x + BLOCK * i)
+    if type_ == F32:
+        for column in range(n):
+            totals = float_step(totals, tokens, panel + 64 * column, 4 * column)
     elif type_ == Q6_K:
         for i in range(n // 256):
             row, due = _fetch(following, row, due, n // 256)
             at, scale = panel + 4096 * i, scales + 1024 * i
             totals = _add_256(totals, tokens, at, scale, x + 8 * BLOCK * i)
     else:
-        for column in range(n):
-            totals = float_step(totals, tokens, panel + 64 * column, 4 * column)
+        for i in range(n // 32):
+            row, due = _fetch(following, row, due, n // 32)
+            quads, scale = load_8_quads(panel + 512 * i), load_f32x16(scales + 64 * i)
+            is_signed = type_ == Q8_0 or HAS_AMX
+            totals = _add_32(totals, tokens, quads, is_signed, scale, x + BLOCK * i)
     store_totals(totals, out)
 
 
 @inline
 def _multiply_few(type_, rows, n, panel, tokens, following, out):
     """The same from rows as they are stored, unpacked into registers or a block at a time."""
+    literally(type_)
     totals, x, row, due = no_totals(tokens), planes(n)[5], 0, 0
     if type_ == Q6_K:
         for i in range(n // 256):
@@ -255,6 +259,7 @@ def _multiply_few(type_, rows, n, panel, tokens, following, out):
 @inline
 def _multiply_tiles(type_, n, panel, tokens, stride, following, sums, out):
     """The same by AMX, for tokens `stride` apart; `sums`: scratch for tile_products."""
+    literally(type_)
     totals, scales, blocks = no_totals(tokens), panel + _scales(n), planes(n)[5]
     row, due = 0, 0
     if type_ == Q6_K:
@@ -289,11 +294,13 @@ def _note_following(w, row_bytes, rows, next_w, n, panel):
 
 
 def _make_unpack(type_):
+    is_block_of_32 = type_ in (Q4_0, Q8_0)
+
     def unpack(w, row_bytes, n, rows, count, panel, is_next):
         here = row_addresses(w, row_bytes, rows, count - 1)
         noted = _note_following(w, row_bytes, rows, w + PANEL * row_bytes, n, panel)
         following = noted if is_next != 0 else 0
-        if type_ in (Q4_0, Q8_0):
+        if is_block_of_32:
             _unpack_32(type_, here, following, n, panel)
         elif type_ == Q6_K:
             _unpack_q6_k(here, following, n, panel)
@@ -332,6 +339,7 @@ def _make_few(type_):
 
 
 def _make_multiply(type_):
+    is_tiled = HAS_AMX and type_ in INTEGER_DOT
     is_integer = type_ in INTEGER_DOT
     config = tuple(tile_config(4 if type_ == Q6_K else 8))
 
@@ -342,7 +350,7 @@ def _make_multiply(type_):
         t, following = 0, _following(panel, n)
         if load_i64(following) == 0:
             following = 0
-        if HAS_AMX and is_integer and tokens == 0 and n_tok > TILE:
+        if is_tiled and tokens == 0 and n_tok > TILE:
             sums = panel + panel_size(n) - _FOLLOWING - _SUMS
             while n_tok - t > TILE:
                 count = min(n_tok - t, 16)

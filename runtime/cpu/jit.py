@@ -5,6 +5,9 @@ first asked for and cached on disk between runs; a `job` is one that the thread 
 cache looks only at the file of the function itself, so the directory's name carries a hash of all
 kernel sources. Where many are missing, processes of their own help to compile them; a lock for each
 kernel says who is at it, whoever they belong to.
+
+A constant type is a variable of the function around a kernel, or an argument that is `literally`
+said to be one: then what is behind a comparison that is false for it is not compiled.
 """
 
 from __future__ import annotations
@@ -35,11 +38,12 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# Without the wrappers that Python would call (a sixth of the time to compile), so that kernels only
-# may call these; Python may call their `py_func`.
-inline = numba.njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True)
+# Without the wrappers that Python or C would call (a fifth of the time to compile), so that kernels
+# only may call these; Python may call their `py_func`.
+_PIECE = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inline = numba.njit(forceinline=True, **_PIECE)
 # Larger pieces stay functions: copied into every place that uses them they take long to compile.
-function = numba.njit(error_model="numpy", no_cpython_wrapper=True)
+function = numba.njit(**_PIECE)
 _compiling = threading.Lock()
 # Processes that compile at once, this one included, and from how many kernels on: to start one
 # takes as long as to compile one. How long one waits for another's kernel.

@@ -450,10 +450,9 @@ def to_fetch(w, row_bytes, rows, i, j, count, next_w, next_rows):
 
 
 def _make_dots(type_):
-    size = bytes_of(GGMLType(type_), 256) // 8  # of 32 weights
+    size, in_twos = bytes_of(GGMLType(type_), 256) // 8, type_ in (Q4_0, Q8_0)  # of 32 weights
 
     def dots(w, row_bytes, n, rows, count, next_w, next_rows, x, packed, scratch, out):
-        in_twos = type_ in (Q4_0, Q8_0)
         for i in range(0, count, 2 if in_twos else 1):
             # A last row without a partner is multiplied twice.
             j = min(i + 1, count - 1) if in_twos else i
@@ -477,13 +476,14 @@ def _make_dots(type_):
 
 def _make_widen(type_):
     block_size, block_bytes = BLOCK_SIZES[GGMLType(type_)]
+    is_block_of_32 = type_ in (Q4_0, Q8_0)
 
     def widen(w, row_bytes, n, rows, count, out, out_bytes):
         for i in range(count):
             at, to = w + row_number(rows, i) * row_bytes, out + i * out_bytes
             ahead = w + row_number(rows, i + 24) * row_bytes
             fetch_far(ahead, n // block_size * block_bytes)
-            if type_ in (Q4_0, Q8_0):
+            if is_block_of_32:
                 for block in range(n // 32):
                     source = at + block * block_bytes
                     scale = splat(load_f16(source))
