@@ -140,11 +140,11 @@ def moved(llm):
     return text
 
 
-def prompt(llm, text):
+def prompt(llm, text, ids=IDS):
     """Return the logits of all tokens in one pass of a text."""
     sequence = Sequence()
     try:
-        return llm.feed([(sequence, IDS)], range(len(IDS)), llm.no_counts(), None, text)
+        return llm.feed([(sequence, ids)], range(len(ids)), llm.no_counts(), None, text)
     finally:
         llm.release(sequence)
 
@@ -280,7 +280,7 @@ def test_runs_repeat(model, monkeypatch):
             if next(others, None) is not None:
                 llm.logits(IDS[:3])
 
-        found.append((followed(llm, IDS, each), history))
+        found.append((followed(llm, IDS[:32], each), history))
 
     for seed, threads in ((0, 1), (1, 2), (2, 3)):
         device = FakeDevice(seed, eagerness=seed / 3)
@@ -289,7 +289,7 @@ def test_runs_repeat(model, monkeypatch):
                 write(llm)
             other = llm.generate_tokens(IDS[::-1], **WRITTEN)
             write(llm, other)
-            assert sum(1 for _ in other) < 10  # they were written by turns
+            assert sum(1 for _ in other) < 30  # of 45: they were written by turns
     swaps = [not same(a, b) for a, b in zip(found[0][1], found[0][1][1:], strict=False)]
     assert sum(swaps) > 2
     for logits, history in found[1:]:
@@ -328,6 +328,7 @@ def test_where_nothing_can_move(share, mode, model):
 
 
 INTERRUPTS = range(1, 40, 3)
+FEW = IDS[:8]
 
 
 def everything(path, device, interrupts=()):
@@ -344,7 +345,7 @@ def everything(path, device, interrupts=()):
             with contextlib.suppress(KeyboardInterrupt):
                 llm._ops.use(text)
             device.interrupt_at = -1
-            found.append(prompt(llm, text))
+            found.append(prompt(llm, text, FEW))
             check_device(llm, device)
         llm.logits(IDS[:1])
         check_device(llm, device)
@@ -381,7 +382,6 @@ def test_every_wait_is_needed(method, owner, name, model, small, monkeypatch):
     path, inside = model(), []
     interrupts = INTERRUPTS if method[1] == "_move" else ()
     right = everything(path, FakeDevice(), interrupts)
-    assert not differs(path, right, interrupts)
     wait = getattr(owner, name)
 
     def leave_out(*args, **kwargs):
@@ -434,22 +434,23 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_planted_faults_are_found(name, model, monkeypatch):
+def test_planted_faults_are_found(model, monkeypatch):
     """By what comes out, without a look at the device."""
     path = model()
     right = everything(path, FakeDevice())
     monkeypatch.setitem(globals(), "check_device", lambda llm, device: None)
     assert not differs(path, right)
-    FAULTS[name](monkeypatch)
-    assert differs(path, right)
+    for name, fault in FAULTS.items():
+        with monkeypatch.context() as patch:
+            fault(patch)
+            assert differs(path, right), name
 
 
 def test_ctrl_c_while_blocks_move(model, small, monkeypatch):
     """Wherever it comes, what runs after it is as if nothing had been."""
     path, device = model("gqa", "q4_0"), FakeDevice(eagerness=0.2)
     with hybrid(path, on_gpu(0.3, 2), device) as llm:
-        frozen, with_text = llm.logits(IDS), prompt(llm, moved(llm))
+        frozen, with_text = llm.logits(FEW), prompt(llm, moved(llm), FEW)
 
         def interrupted(prepare):
             """Return whether moving there was interrupted, and nothing has come of it."""
@@ -464,9 +465,9 @@ def test_ctrl_c_while_blocks_move(model, small, monkeypatch):
                     was_cut = True
             device.interrupt_at = -1
             if was_cut:
-                assert np.array_equal(prompt(llm, text), with_text)
+                assert np.array_equal(prompt(llm, text, FEW), with_text)
                 check_device(llm, device)
-            assert np.array_equal(llm.logits(IDS), frozen)
+            assert np.array_equal(llm.logits(FEW), frozen)
             check_device(llm, device)
             return was_cut
 
