@@ -94,9 +94,16 @@ def n_windows(llm):
 # ---- what it computes ----
 
 
-@pytest.mark.parametrize("share", [0, 0.3, 0.7])
-@pytest.mark.parametrize("outtype", ["f32", "f16", "q8_0", "q4_0"])
-@pytest.mark.parametrize("kind", SHAPES)
+# Every kind in every format, and either with every share.
+TYPES, SHARES = ("f32", "f16", "q8_0", "q4_0"), (0, 0.3, 0.7)
+SQUARE = [
+    (kind, outtype, SHARES[(i + j) % len(SHARES)])
+    for i, kind in enumerate(SHAPES)
+    for j, outtype in enumerate(TYPES)
+]
+
+
+@pytest.mark.parametrize(("kind", "outtype", "share"), SQUARE)
 def test_as_the_cpu(kind, outtype, share, model):
     path = model(kind, outtype)
     with hybrid(path, on_gpu(share, 2), **F32) as ours, on_cpu(path, **F32) as cpu:
