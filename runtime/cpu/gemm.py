@@ -25,7 +25,6 @@ from .rows import (
     Q4_0,
     Q6_K,
     Q8_0,
-    fetch_far,
     load1,
     load16,
     pack_stride,
@@ -37,6 +36,7 @@ from .simd import (
     load_i8x16,
     load_i64,
     mul,
+    prefetch_far,
     splat,
     store_f32,
     store_f32x16,
@@ -101,18 +101,24 @@ def _following(panel, n):
 
 
 @inline
-def _fetch(following, row, due, n_steps):
-    """Ask for the share of the rows that follow that is due in one of n_steps (>= 1).
+def _fetch(following, row, done, n_steps):
+    """Ask for the lines of the rows that follow whose turn is in one of n_steps (>= 1).
 
-    Whole rows, one after the other: prefetchers do not follow 16 runs at once. Returns (row, due)
-    for the next step; they begin as (0, 0). Nothing if `following` is 0.
+    One row after the other: prefetchers do not follow 16 runs at once. Returns (row, done), bytes
+    of it, for the next step; they begin as (0, 0). Nothing if `following` is 0.
     """
-    if following != 0:
-        due += PANEL
-        while due >= n_steps:
-            fetch_far(load_i64(following + 8 * row), load_i64(following + 8 * PANEL))
-            row, due = row + 1, due - n_steps
-    return row, due
+    if following != 0 and row < PANEL:
+        at, size = load_i64(following + 8 * row), load_i64(following + 8 * PANEL)
+        for _ in range(PANEL * size // (64 * n_steps) + 1):
+            prefetch_far(at + done)
+            done += 64
+            if done >= size:
+                prefetch_far(at + size - 1)  # it may begin in the middle of a line
+                row, done = row + 1, 0
+                if row == PANEL:
+                    break
+                at = load_i64(following + 8 * row)
+    return row, done
 
 
 @inline
@@ -138,9 +144,9 @@ def _block_of_32(type_, rows, block):
 @inline
 def _unpack_32(type_, rows, following, n, panel):
     """Q4_0 and Q8_0."""
-    n_blocks, row, due = n // 32, 0, 0
+    n_blocks, row, done = n // 32, 0, 0
     for block in range(n_blocks):
-        row, due = _fetch(following, row, due, n_blocks)
+        row, done = _fetch(following, row, done, n_blocks)
         quads, scale = _block_of_32(type_, rows, block)
         _store_quads(panel + 512 * block, quads, 8 if type_ == Q4_0 else 0)
         store_f32x16(panel + _scales(n) + 64 * block, scale)
@@ -171,9 +177,9 @@ def _unpack_q6_k_block(rows, start, quads_at, scales):
 
 @inline
 def _unpack_q6_k(rows, following, n, panel):
-    n_blocks, row, due = n // 256, 0, 0
+    n_blocks, row, done = n // 256, 0, 0
     for block in range(n_blocks):
-        row, due = _fetch(following, row, due, n_blocks)
+        row, done = _fetch(following, row, done, n_blocks)
         scales = panel + _scales(n) + 64 * 16 * block
         _unpack_q6_k_block(rows, 210 * block, panel + 4096 * block, scales)
 
@@ -181,9 +187,9 @@ def _unpack_q6_k(rows, following, n, panel):
 @inline
 def _unpack_float(type_, rows, following, n, panel):
     """Every weight as float32; call it with a constant type."""
-    n_steps, row, due = n // 16, 0, 0
+    n_steps, row, done = n // 16, 0, 0
     for column in range(0, n - 15, 16):
-        row, due = _fetch(following, row, due, n_steps)
+        row, done = _fetch(following, row, done, n_steps)
         at = panel + 64 * column
         for i in range(16):
             store_f32x16(at + 64 * i, load16(type_, rows[i], column))
@@ -220,18 +226,18 @@ def _multiply(type_, n, panel, tokens, following, out):
     """out [tokens, 16] for as many tokens as the tuple holds."""
     literally(type_)
     totals, scales, x = no_totals(tokens), panel + _scales(n), planes(n)[5]
-    row, due = 0, 0
+    row, done = 0, 0
     if type_ == F32:
         for column in range(n):
             totals = float_step(totals, tokens, panel + 64 * column, 4 * column)
     elif type_ == Q6_K:
         for i in range(n // 256):
-            row, due = _fetch(following, row, due, n // 256)
+            row, done = _fetch(following, row, done, n // 256)
             at, scale = panel + 4096 * i, scales + 1024 * i
             totals = _add_256(totals, tokens, at, scale, x + 8 * BLOCK * i)
     else:
         for i in range(n // 32):
-            row, due = _fetch(following, row, due, n // 32)
+            row, done = _fetch(following, row, done, n // 32)
             quads, scale = load_8_quads(panel + 512 * i), load_f32x16(scales + 64 * i)
             is_signed = type_ == Q8_0 or HAS_AMX
             totals = _add_32(totals, tokens, quads, is_signed, scale, x + BLOCK * i)
@@ -242,15 +248,15 @@ def _multiply(type_, n, panel, tokens, following, out):
 def _multiply_few(type_, rows, n, panel, tokens, following, out):
     """The same from rows as they are stored, unpacked into registers or a block at a time."""
     literally(type_)
-    totals, x, row, due = no_totals(tokens), planes(n)[5], 0, 0
+    totals, x, row, done = no_totals(tokens), planes(n)[5], 0, 0
     if type_ == Q6_K:
         for i in range(n // 256):
-            row, due = _fetch(following, row, due, n // 256)
+            row, done = _fetch(following, row, done, n // 256)
             _unpack_q6_k_block(rows, 210 * i, panel, panel + 4096)
             totals = _add_256(totals, tokens, panel, panel + 4096, x + 8 * BLOCK * i)
     else:
         for i in range(n // 32):
-            row, due = _fetch(following, row, due, n // 32)
+            row, done = _fetch(following, row, done, n // 32)
             quads, scale = _block_of_32(type_, rows, i)
             totals = _add_32(totals, tokens, quads, type_ == Q8_0, scale, x + BLOCK * i)
     store_totals(totals, out)
@@ -261,17 +267,17 @@ def _multiply_tiles(type_, n, panel, tokens, stride, following, sums, out):
     """The same by AMX, for tokens `stride` apart; `sums`: scratch for tile_products."""
     literally(type_)
     totals, scales, blocks = no_totals(tokens), panel + _scales(n), planes(n)[5]
-    row, due = 0, 0
+    row, done = 0, 0
     if type_ == Q6_K:
         for i in range(n // 32):
-            row, due = _fetch(following, row, due, n // 32)
+            row, done = _fetch(following, row, done, n // 32)
             x, scale = blocks + BLOCK * i, scales + 128 * i
             tile_products_4(tokens[0] + x, stride, panel + 512 * i, sums)
             totals = products_step(totals, tokens, sums, scale, x + 32)
             totals = products_step(totals, tokens, sums + 1024, scale + 64, x + 32)
     else:
         for i in range(0, n // 32, 2):
-            row, due = _fetch(following, row, due, (n // 32 + 1) // 2)
+            row, done = _fetch(following, row, done, (n // 32 + 1) // 2)
             x, scale = blocks + BLOCK * i, scales + 64 * i
             tile_products_8(tokens[0] + x, stride, panel + 512 * i, sums)
             totals = products_step(totals, tokens, sums, scale, x + 32)
