@@ -11,7 +11,8 @@ from powerinfer.runtime.config import RunOptions
 from powerinfer.runtime.cpu.bandwidth import Reader
 from powerinfer.runtime.engine import Engine
 from powerinfer.runtime.errors import RequestError
-from powerinfer.tools.bench import other_rate
+from powerinfer.tools import bench
+from powerinfer.tools.bench import file_line, other_rate
 from powerinfer.tools.demo_model import demo_model
 from test_cli import run
 
@@ -34,7 +35,7 @@ def test_json(capfd):
     for row in rows:
         assert len(row["rounds"]) == 2 and min(row["rounds"]) > 0
         assert 0.1 < row["neurons_computed"] < 0.5
-        assert row["bandwidth"] > 1e8
+        assert row["bandwidth"] > 1e8 and row["file_bandwidth"] > 1e8
         assert (row["bytes_per_token"] is None) == (row["n_prompt"] > 0)
         if row["bound"] is not None:
             read = sum(row["bytes_per_token"].values())
@@ -46,6 +47,18 @@ def test_table(capfd):
     code, out, _ = run(capfd, "bench", "-m", demo_model(), *options)
     assert code == 0
     assert "| decode 3 |" in out and "| 100.0% |" in out and "MB a token by part" in out
+
+
+def test_files_in_slow_memory():
+    def results(*file_rates):
+        return [
+            bench.Result(bench.Test(n, n_decode=1), [1.0], None, 0.1, 30e9, rate)
+            for n, rate in enumerate(file_rates, 1)
+        ]
+
+    assert file_line(results(0, 26e9)) == ""
+    said = file_line(results(20e9, 21.04e9, 29e9))
+    assert "20.0 GB/s (1 threads), 21.0 GB/s (2 threads); try --no-mmap" in said
 
 
 def test_usage(capfd, tmp_path):

@@ -26,6 +26,7 @@ from ..runtime.traffic import Traffic, traffic
 from ..runtime.weights import Model
 
 WARM_UP = 4  # tokens before the clock starts
+SLOWER = 0.85  # of the bandwidth: what is said about the memory that a file lies in
 RATE = r"([0-9]+(?:\.[0-9]+)?)\s*(?:tokens per second|tok/s|t/s)"
 
 
@@ -52,6 +53,7 @@ class Result:
     traffic: Traffic | None  # of decoding
     computed: float  # share of the neurons
     bandwidth: float  # bytes per second that the CPU reads, in the same run
+    file_bandwidth: float  # the same of the model's own bytes, where they lie; 0: too few to tell
     placed: float | None = None  # the bound of what lives where, with a GPU
 
     @property
@@ -81,9 +83,10 @@ class Bench:
         self._rates: dict[Test, list[float]] = {test: [] for test in tests}
         self._counts: dict[Test, np.ndarray] = {}
         self._bandwidth: dict[int, list[float]] = {}
+        self._file_bandwidth: dict[int, list[float]] = {}
         from ..runtime.cpu.bandwidth import Reader  # numba takes half a second to import
 
-        self._reader = Reader()
+        self._reader, self._file_reader = Reader(), Reader(model.file.data)
         batch = max(test.batch for test in tests)
         longest = max(test.n_prompt + test.n_decode for test in tests) + WARM_UP
         for threads in sorted({test.threads for test in tests}):
@@ -91,7 +94,7 @@ class Bench:
                 options, threads=threads, sequences=batch, context=longest, adapt=False
             )
             self._engines[threads] = Engine(model, own, notify)
-            self._bandwidth[threads] = []
+            self._bandwidth[threads], self._file_bandwidth[threads] = [], []
         draws = np.random.default_rng(22).integers(0, model.config.n_vocab, (batch, longest))
         self._ids: list[list[int]] = draws.tolist()
 
@@ -106,6 +109,7 @@ class Bench:
         """Run every test once, and read memory beside it."""
         for threads, rates in self._bandwidth.items():
             rates.append(self._reader.measure(threads))
+            self._file_bandwidth[threads].append(self._file_reader.measure(threads))
         for test in self._tests:
             progress(f"{test.name}, {test.threads} threads")
             seconds, counts = self._run(test)
@@ -153,6 +157,7 @@ class Bench:
                     traffic=traffic(engine.weights, engine.mode, counts) if test.n_decode else None,
                     computed=float(rows / max(tokens, 1) / engine.config.n_ff),
                     bandwidth=max(self._bandwidth[test.threads]),
+                    file_bandwidth=max(self._file_bandwidth[test.threads]),
                     placed=engine.bound_of(1) if engine.backend == "cuda" else None,
                 )
             )
@@ -190,6 +195,7 @@ def as_json(results: Sequence[Result], others: Sequence[float]) -> dict[str, Any
                 "bytes_per_token": None if r.traffic is None else dataclasses.asdict(r.traffic),
                 "neurons_computed": r.computed,
                 "bandwidth": r.bandwidth,
+                "file_bandwidth": r.file_bandwidth,
                 "bound": r.bound,
             }
         )
@@ -224,3 +230,20 @@ def parts_table(traffic: Traffic) -> str:
     parts = ("attention", "predictor", "decider", "up", "down", "head")
     values = ", ".join(f"{part} {getattr(traffic, part) / 1e6:.1f}" for part in parts)
     return f"MB a token by part: {values}"
+
+
+def file_line(results: Sequence[Result]) -> str:
+    """Return how fast the model's own bytes are read, "" if that is no less than other memory.
+
+    Files that were written in small pieces lie in small pages, here and there, until they are read
+    from the disk again; their bound is lower than that of the table.
+    """
+    slow = {
+        r.test.threads: r.file_bandwidth
+        for r in results
+        if 0 < r.file_bandwidth < SLOWER * r.bandwidth
+    }
+    if not slow:
+        return ""
+    rates = ", ".join(f"{rate / 1e9:.1f} GB/s ({n} threads)" for n, rate in slow.items())
+    return f"the file lies in slower memory than its bound is made of: {rates}; try --no-mmap"

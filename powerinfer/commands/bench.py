@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..runtime.config import RunOptions
 from ..runtime.errors import RequestError
 from ..runtime.weights import load_model
-from ..tools.bench import RATE, Bench, Test, as_json, as_table, other_rate, parts_table
+from ..tools.bench import RATE, Bench, Test, as_json, as_table, file_line, other_rate, parts_table
 from .arguments import add_gpu, add_isa, add_memory, add_mode, at_least, mode_of, numbers, say
 
 
@@ -83,6 +83,8 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     decode = next((r.traffic for r in results if r.traffic is not None), None)
     if decode is not None and not args.md:
         print(parts_table(decode))
+    if line := file_line(results):
+        print(line)
     if others:
         rate = statistics.median(others)
         print(f"{args.vs}: {rate:.1f} t/s ({min(others):.1f}-{max(others):.1f})")
