@@ -56,7 +56,7 @@ def test_files_in_slow_memory():
             for n, rate in enumerate(file_rates, 1)
         ]
 
-    assert file_line(results(0, 26e9)) == ""
+    assert file_line(results(0, 25e9)) == ""
     said = file_line(results(20e9, 21.04e9, 29e9))
     assert "20.0 GB/s (1 threads), 21.0 GB/s (2 threads); try --no-mmap" in said
 

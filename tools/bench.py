@@ -26,7 +26,7 @@ from ..runtime.traffic import Traffic, traffic
 from ..runtime.weights import Model
 
 WARM_UP = 4  # tokens before the clock starts
-SLOWER = 0.85  # of the bandwidth: what is said about the memory that a file lies in
+SLOWER = 0.8  # of the bandwidth: what is said about the memory that a file lies in
 RATE = r"([0-9]+(?:\.[0-9]+)?)\s*(?:tokens per second|tok/s|t/s)"
 
 

@@ -69,8 +69,8 @@ _LEAST = np.float32(1e-30)  # a group's largest factor: below, its reciprocal wo
 
 # On the stack, bytes: addresses of rows [GROUP], of rows to be fetched [GROUP], values float32
 # [GROUP], the halves of a row's blocks, factors float32 [GROUP, _BLOCKS]; for each block s float32
-# and what is added to its sums, int32; and the two digits of k, those of four rows together
-# [2, GROUP / 4, _BLOCKS, 4].
+# and what is added to its sums, int32; and the three digits of k, the lowest first, those of four
+# rows together [3, GROUP / 4, _BLOCKS, 4].
 _NEXT = 8 * GROUP
 _VALUES = _NEXT + 8 * GROUP
 _HALVES = _VALUES + 4 * GROUP
