@@ -274,6 +274,24 @@ def _down(args, rows, n_rows, first, width, scratch):
         add_to(x + 4 * t * n_embd, y + 4 * t * width, 0, width)
 
 
+@inline
+def _n_tasks(n_rows, size, n_threads):
+    """Return how many tasks of `size` rows there are, as many for each thread."""
+    return (n_rows + size * n_threads - 1) // (size * n_threads) * n_threads
+
+
+@inline
+def _rows_of(task, n_tasks, n_threads, size, n_rows):
+    """Return (first, count) of a task's rows.
+
+    Those that are at work at the same time lie far apart: neighbours write act and fired into the
+    same lines, which take longer to change hands than a row takes to be multiplied.
+    """
+    place = task % n_threads * (n_tasks // n_threads) + task // n_threads
+    first = min(place * size, n_rows)
+    return first, min(size, n_rows - first)
+
+
 @job
 def ffn_batch(args, control, epoch, thread):
     """x [n_tok, n_embd] += FFN(h); counts what each token read and what fired.
@@ -307,14 +325,14 @@ def ffn_batch(args, control, epoch, thread):
 
     n_threads = arg(args, FFN.n_threads)
     size = rows_per_task(n_rows, n_embd, n_threads, n_tok)
-    n_tasks = (n_rows + size - 1) // size
+    n_tasks = _n_tasks(n_rows, size, n_threads)
     while True:
         task = take(control, 1, epoch, n_tasks)
         if task < 0:
             break
-        first = task * size
+        first, count = _rows_of(task, n_tasks, n_threads, size, n_rows)
         start, listed = rows_from(0, rows, first)
-        _decide(args, listed, start, min(size, n_rows - first), scratch)
+        _decide(args, listed, start, count, scratch)
         finish(control, 1)
     if not wait(control, 1, epoch, n_tasks):
         return
@@ -336,14 +354,14 @@ def ffn_batch(args, control, epoch, thread):
     n_rows = np.int64(load_i32(n_rows_at + 4)) if is_listed else n_ff
 
     size = rows_per_task(n_rows, n_embd, n_threads, n_tok)
-    n_tasks = (n_rows + size - 1) // size if arg(up, MATRIX.data) != 0 else 0
+    n_tasks = _n_tasks(n_rows, size, n_threads) if arg(up, MATRIX.data) != 0 else 0
     while True:
         task = take(control, 3, epoch, n_tasks)
         if task < 0:
             break
-        first = task * size
+        first, count = _rows_of(task, n_tasks, n_threads, size, n_rows)
         start, listed = rows_from(0, rows, first)
-        _multiply(args, listed, start, min(size, n_rows - first), scratch)
+        _multiply(args, listed, start, count, scratch)
         finish(control, 3)
     if not wait(control, 3, epoch, n_tasks):
         return
