@@ -420,7 +420,9 @@ def _mapped(file: io.BufferedReader) -> mmap.mmap:
 
 def _loaded(file: io.BufferedReader, size: int) -> mmap.mmap:
     """Return memory of our own with the file's bytes."""
-    memory = mmap.mmap(-1, size)
+    # Private: what is shared lies in small pages, which take a third longer to read.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name != "nt" else {}
+    memory = mmap.mmap(-1, size, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
