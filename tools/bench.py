@@ -82,8 +82,7 @@ class Bench:
         self._engines: dict[int, Engine] = {}
         self._rates: dict[Test, list[float]] = {test: [] for test in tests}
         self._counts: dict[Test, np.ndarray] = {}
-        self._bandwidth: dict[int, list[float]] = {}
-        self._file_bandwidth: dict[int, list[float]] = {}
+        self._bandwidth: dict[int, list[tuple[float, float]]] = {}  # of memory, of the file
         from ..runtime.cpu.bandwidth import Reader  # numba takes half a second to import
 
         self._reader, self._file_reader = Reader(), Reader(model.file.data)
@@ -94,7 +93,7 @@ class Bench:
                 options, threads=threads, sequences=batch, context=longest, adapt=False
             )
             self._engines[threads] = Engine(model, own, notify)
-            self._bandwidth[threads], self._file_bandwidth[threads] = [], []
+            self._bandwidth[threads] = []
         draws = np.random.default_rng(22).integers(0, model.config.n_vocab, (batch, longest))
         self._ids: list[list[int]] = draws.tolist()
 
@@ -108,8 +107,7 @@ class Bench:
     def round(self, progress: Callable[[str], Any] = lambda _: None) -> None:
         """Run every test once, and read memory beside it."""
         for threads, rates in self._bandwidth.items():
-            rates.append(self._reader.measure(threads))
-            self._file_bandwidth[threads].append(self._file_reader.measure(threads))
+            rates.append((self._reader.measure(threads), self._file_reader.measure(threads)))
         for test in self._tests:
             progress(f"{test.name}, {test.threads} threads")
             seconds, counts = self._run(test)
@@ -150,14 +148,15 @@ class Bench:
         for test in self._tests:
             engine, counts = self._engines[test.threads], self._counts[test]
             tokens, rows = counts[:, 0].sum(), counts[:, 1].sum()
+            bandwidth, file_bandwidth = map(max, zip(*self._bandwidth[test.threads], strict=True))
             out.append(
                 Result(
                     test=test,
                     rates=self._rates[test],
                     traffic=traffic(engine.weights, engine.mode, counts) if test.n_decode else None,
                     computed=float(rows / max(tokens, 1) / engine.config.n_ff),
-                    bandwidth=max(self._bandwidth[test.threads]),
-                    file_bandwidth=max(self._file_bandwidth[test.threads]),
+                    bandwidth=bandwidth,
+                    file_bandwidth=file_bandwidth,
                     placed=engine.bound_of(1) if engine.backend == "cuda" else None,
                 )
             )

@@ -45,7 +45,6 @@ from .simd import (
     load_q8_0_scales,
     low_nibbles,
     mul,
-    next_digits,
     scale_i32,
     shift_left,
     shift_right_signed,
@@ -114,7 +113,8 @@ def _factors(type_, block_bytes, stack, first, n_blocks):
         for _ in range(2):
             k0, k1, k2, k3 = add_i32(k0, h), add_i32(k1, h), add_i32(k2, h), add_i32(k3, h)
             store_i32x16(at, four_digits(k0, k1, k2, k3))
-            k0, k1, k2, k3 = next_digits(k0), next_digits(k1), next_digits(k2), next_digits(k3)
+            k0, k1 = shift_right_signed(k0, 7), shift_right_signed(k1, 7)
+            k2, k3 = shift_right_signed(k2, 7), shift_right_signed(k3, 7)
             at += _SIZE
         store_i32x16(at, four_bytes(k0, k1, k2, k3))
     # Nibbles are weights + 8; of bytes see dot_bytes.
@@ -149,6 +149,7 @@ def _add_piece(type_, block_bytes, stack, first, n_blocks, y):
     Of the rows that come later a piece of one is asked for with every block: all at once would be
     more than a core waits for beside its work.
     """
+    _factors(type_, block_bytes, stack, first, n_blocks)
     zero = splat_i32(np.int32(0))
     for i in range(n_blocks):
         for j in range(i, GROUP, n_blocks):
@@ -178,17 +179,14 @@ def _axpys_blocks(type_, block_bytes, w, row_bytes, n, rows, count, next_w, next
         for j in range(GROUP):
             k = min(i + j, count - 1)  # the last row once more, times 0
             row = w + row_number(rows, k) * row_bytes
-            following = next_w + row_number(next_rows, k) * row_bytes
             store_i64(stack + 8 * j, row)
-            store_i64(stack + _NEXT + 8 * j, following if rows != 0 else row)
+            store_i64(stack + _NEXT + 8 * j, next_w + row_number(next_rows, k) * row_bytes)
             value = load_f32(values + 4 * k) if i + j < count else np.float32(0)
             store_f32(stack + _VALUES + 4 * j, value)
         whole = n // 32 // _BLOCKS * _BLOCKS
         for first in range(0, whole, _BLOCKS):
-            _factors(type_, block_bytes, stack, first, _BLOCKS)
             _add_piece(type_, block_bytes, stack, first, _BLOCKS, y)
         if n // 32 > whole:
-            _factors(type_, block_bytes, stack, whole, n // 32 - whole)
             _add_piece(type_, block_bytes, stack, whole, n // 32 - whole, y)
 
 
@@ -197,8 +195,8 @@ def _axpy2_float(type_, size, v, w, n, a, b, y, far_v, far_w, near_v, near_w, is
     """y += a * row v + b * row w; `size`: the bytes of 16 weights."""
     scale_v, scale_w, at = splat(a), splat(b), 0
     for i in range(0, n - 15, 16):
-        ask(far_v + at, near_v + at, is_listed)
-        ask(far_w + at, near_w + at, is_listed)
+        ask(far_v + at, near_v + at, is_listed, 1)
+        ask(far_w + at, near_w + at, is_listed, 1)
         total = fma(load16(type_, v, i), scale_v, load_f32x16(y + 4 * i))
         store_f32x16(y + 4 * i, fma(load16(type_, w, i), scale_w, total))
         at += size

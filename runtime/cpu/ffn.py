@@ -69,8 +69,7 @@ from .simd import (
     where_at_least,
 )
 
-LANES = 8  # at most, of at least LANE rows
-LANE = 16
+LANES = 8  # at most, of at least GROUP rows
 MIN_COLUMNS = 512  # of a task: rows are cut into pieces of some lines at least
 PIECE = 1024  # columns of h that are packed in a task
 FEW = 8  # neurons of a list that are taken at a time: rows of one matrix are on their way meanwhile
@@ -369,7 +368,7 @@ def ffn(args, control, epoch, thread):
         standard_down(args, control, epoch, scratch)
         return
     n_active = np.int64(load_i32(arg(args, FFN.n_active)))
-    width, n_lanes = _columns(n_embd, n_threads), min(max(n_active // LANE, 1), LANES)
+    width, n_lanes = _columns(n_embd, n_threads), min(max(n_active // GROUP, 1), LANES)
     n_pieces = (n_embd + width - 1) // width
     n_tasks = n_lanes * n_pieces
     while True:

@@ -345,8 +345,8 @@ def _make_few(type_):
 
 
 def _make_multiply(type_):
-    is_tiled = HAS_AMX and type_ in INTEGER_DOT
     is_integer = type_ in INTEGER_DOT
+    is_tiled = HAS_AMX and is_integer
     config = tuple(tile_config(4 if type_ == Q6_K else 8))
 
     def multiply(panel, n, x, packs, tokens, n_tok, out):

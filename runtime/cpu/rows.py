@@ -54,11 +54,7 @@ from .simd import (
     mul,
     or_i32,
     prefetch,
-    prefetch_4,
-    prefetch_5,
     prefetch_far,
-    prefetch_far_4,
-    prefetch_far_5,
     q4_0_high,
     q4_0_low,
     q4_0_scales,
@@ -176,25 +172,13 @@ def _group(type_, w, scales, bias, q, total):
 
 
 @inline
-def ask(far, near, is_listed):
-    """Ask for a line of what comes later, and of a list for one that comes next; see to_fetch."""
-    prefetch_far(far)
+def ask(far, near, is_listed, n_lines):
+    """Ask for lines of what comes later, and of a list for those that come next; see to_fetch."""
+    for line in range(0, 64 * n_lines, 64):
+        prefetch_far(far + line)
     if is_listed:
-        prefetch(near)
-
-
-@inline
-def _ask_4(far, near, is_listed):
-    prefetch_far_4(far)
-    if is_listed:
-        prefetch_4(near)
-
-
-@inline
-def _ask_5(far, near, is_listed):
-    prefetch_far_5(far)
-    if is_listed:
-        prefetch_5(near)
+        for line in range(0, 64 * n_lines, 64):
+            prefetch(near + line)
 
 
 @inline
@@ -220,7 +204,7 @@ def _dot2_blocks(type_, v, w, n, x, scratch, far_v, far_w, near_v, near_w, is_li
     for i in range(n_groups // 2):
         if i == turn:
             far, near = far_w, near_w
-        _ask_5(far, near, is_listed)  # 288 bytes of Q4_0, 272 of Q8_0
+        ask(far, near, is_listed, 5)  # 288 bytes of Q4_0, 272 of Q8_0
         even_v = _group(type_, v, x, bias, q, even_v)
         even_w = _group(type_, w, x, bias, q, even_w)
         odd_v = _group(type_, v + size, x + 4 * blocks, bias + 64, q + 32 * blocks, odd_v)
@@ -228,7 +212,7 @@ def _dot2_blocks(type_, v, w, n, x, scratch, far_v, far_w, near_v, near_w, is_li
         v, w, far, near = v + 2 * size, w + 2 * size, far + 4 * size, near + 4 * size
         x, bias, q = x + 8 * blocks, bias + 128, q + 64 * blocks
     if n_groups % 2 or rest:
-        _ask_5(far, near, is_listed)
+        ask(far, near, is_listed, 5)
     if n_groups % 2:
         even_v = _group(type_, v, x, bias, q, even_v)
         even_w = _group(type_, w, x, bias, q, even_w)
@@ -264,7 +248,7 @@ def _dot_q6_k(w, n, x, far, near, is_listed):
     q, bias = x + q, x + bias
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     for _ in range(n // 256):
-        _ask_4(far, near, is_listed)  # a line that nobody asks for stops those behind it
+        ask(far, near, is_listed, 4)  # a line that nobody asks for stops those behind it
         scales = q6_k_scales(w + 192, load_f16(w + 208), x)
         low, high, scale = load_i8x64(w), w + 128, spread_first(scales)
         even = _q6_k_group(q6_k_first(low, high), scale, bias, q, even)
@@ -360,8 +344,7 @@ def _dot_float(type_, size, w, n, x, far, near, is_listed):
     """
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     for i in range(0, n - 31, 32):
-        for line in range(0, size, 64):
-            ask(far + line, near + line, is_listed)
+        ask(far, near, is_listed, (size + 63) // 64)
         far, near = far + size, near + size
         even = fma(load16(type_, w, i), load_f32x16(x + 4 * i), even)
         odd = fma(load16(type_, w, i + 16), load_f32x16(x + 4 * i + 64), odd)

@@ -172,22 +172,22 @@ def store_i8x16(b, address, x):
     b.store(narrow, b.inttoptr(address, bytes_.as_pointer()), align=1)
 
 
-def _prefetches(n_lines: int, cache: int) -> Any:
-    locality = {1: 3, 2: 2}[cache]
-
-    @op(void, intp)
-    def prefetch(b, address):
-        for line in range(n_lines):
-            pointer = b.inttoptr(offset(b, address, 64 * line), i8.as_pointer())
-            read, keep, data = (ir.Constant(i32, n) for n in (0, locality, 1))
-            call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
-
-    prefetch.__doc__ = f"Ask for {n_lines} cache lines at an address, which may be any."
-    return prefetch
+def _prefetch(b: Any, address: Any, locality: int) -> None:
+    read, keep, data = (ir.Constant(i32, n) for n in (0, locality, 1))
+    pointer = b.inttoptr(address, i8.as_pointer())
+    call(b, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
 
 
-prefetch, prefetch_4, prefetch_5 = (_prefetches(n, cache=1) for n in (1, 4, 5))
-prefetch_far, prefetch_far_4, prefetch_far_5 = (_prefetches(n, cache=2) for n in (1, 4, 5))
+@op(void, intp)
+def prefetch(b, address):
+    """Ask for the cache line at an address, which may be any."""
+    _prefetch(b, address, 3)
+
+
+@op(void, intp)
+def prefetch_far(b, address):
+    """The same into the second cache."""
+    _prefetch(b, address, 2)
 
 
 @op(I32x16, intp)
@@ -208,6 +208,11 @@ def splat_i32(b, x):
 @op(I32x16, I32x16, I32x16)
 def add_i32(b, x, y):
     return b.add(x, y)
+
+
+@op(I32x16, I32x16, I32x16)
+def sub_i32(b, x, y):
+    return b.sub(x, y)
 
 
 @op(I32x16, I32x16, int32)
@@ -236,27 +241,11 @@ def four_digits(b, x0, x1, x2, x3):
     return b.bitcast(b.sub(digits, constant(I8x64.llvm, 64)), I32x16.llvm)
 
 
-@op(I32x16, I32x16)
-def next_digits(b, x):
-    """x / 128, rounded down."""
-    return b.ashr(x, constant(x.type, 7))
-
-
 @op(I32x16, I32x16, int32)
 def sub_bytes(b, x, n):
     """Subtract n from each of the 64 bytes."""
     every = splat_to(b, b.trunc(n, i8), I8x64.llvm)
     return b.bitcast(b.sub(b.bitcast(x, I8x64.llvm), every), I32x16.llvm)
-
-
-@op(I32x16, I32x16, I32x16)
-def sub_i32(b, x, y):
-    return b.sub(x, y)
-
-
-@op(I32x16, I32x16, int32)
-def shift_right_signed(b, x, n):
-    return b.ashr(x, splat_to(b, n, I32x16.llvm))
 
 
 @op(I32x16, I32x16, I32x16)
@@ -267,6 +256,11 @@ def or_i32(b, x, y):
 @op(I32x16, I32x16, int32)
 def shift_right(b, x, n):
     return b.lshr(x, splat_to(b, n, I32x16.llvm))
+
+
+@op(I32x16, I32x16, int32)
+def shift_right_signed(b, x, n):
+    return b.ashr(x, splat_to(b, n, I32x16.llvm))
 
 
 @op(I32x16, I32x16, int32)
