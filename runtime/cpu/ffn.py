@@ -28,7 +28,7 @@ from .jit import arg, function, inline, job
 from .matmul import (
     ADD,
     LIST,
-    LISTED,
+    MOST,
     ROWS,
     add_to,
     following_task,
@@ -72,7 +72,7 @@ from .simd import (
 LANES = 8  # at most, of at least GROUP rows
 MIN_COLUMNS = 512  # of a task: rows are cut into pieces of some lines at least
 PIECE = 1024  # columns of h that are packed in a task
-FEW = 8  # neurons of a list that are taken at a time: rows of one matrix are on their way meanwhile
+FEW = 8  # neurons of a list that a task has at least
 
 RELU, FATRELU, DRELU, RELU2, SILU, GELU = range(6)
 ACTIVATIONS = {
@@ -165,64 +165,52 @@ def _multiply(up, rows, count, ahead, h, packed, kind, act, fired, scratch):
 
 @function
 def _neurons(args, rows, first, n_rows, scratch):
-    """act and fired of n_rows neurons: of a list, or (rows is 0) of those from `first` on.
+    """act and fired of up to MOST neurons: of a list, or (rows is 0) of those from `first` on.
 
-    Rows of the decider, and rows of up for those that fire. Of a list a few are taken at a time,
-    and while rows of one matrix are multiplied those of the other come. Without one nearly all rows
-    that are read are the decider's, in their order; some of up are saved up.
+    All their rows of the decider, then those of up for the ones that fire: taking turns, a few of
+    each, is slower, since memory is quickest at one run through one matrix.
     """
     decider, up = args + 8 * FFN.decider, args + 8 * FFN.up
     h, packed, kind = arg(args, FFN.h), arg(args, FFN.packs), arg(args, FFN.activation)
     act, fired, threshold = arg(args, FFN.act), arg(args, FFN.fired), arg(args, FFN.threshold)
-    data, up_data = arg(decider, MATRIX.data), arg(up, MATRIX.data)
-    row_bytes, is_dense = arg(decider, MATRIX.row_bytes), arg(args, FFN.is_dense) != 0
-    in_turns = rows != 0 and arg(up, MATRIX.row_bytes) == row_bytes
-    at_a_time, enough = (FEW, 1) if rows != 0 else (ROWS, ROWS)
-    listed, other, n_listed, i = scratch + LIST, scratch + LIST + 4 * LISTED, 0, 0
+    is_dense, up_data = arg(args, FFN.is_dense) != 0, arg(up, MATRIX.data)
+    data, row_bytes = arg(decider, MATRIX.data), arg(decider, MATRIX.row_bytes)
+    is_alike = arg(up, MATRIX.row_bytes) == row_bytes
+    listed, n_listed = scratch + LIST, 0
     if rows != 0:
-        fetch_rows(data, row_bytes, rows, min(n_rows, FEW), row_bytes)
-    while i < n_rows or n_listed > 0:
-        count = max(min(at_a_time, n_rows - i), 0)
+        fetch_rows(data, row_bytes, rows, min(n_rows, ROWS), row_bytes)
+    for i in range(0, n_rows, ROWS):
+        count = min(ROWS, n_rows - i)
         start, these = rows_from(first, rows, i)
-        i += count
-        nexts, n_fired = rows_from(start, these, count)[1], 0
-        if count > 0:
-            ahead = rows_ahead(decider, start, these)
-            if in_turns:
-                ahead = (data, nexts) if i < n_rows else (up_data, these)
-                if n_listed > 0:
-                    ahead = (up_data, listed)
-            _decide(
-                decider,
-                start,
-                these,
-                count,
-                ahead,
-                h,
-                packed,
-                kind,
-                load_f32(threshold),
-                act,
-                fired,
-                scratch,
-            )
-        # Those that fire come behind the ones that are saved up, or into the other list.
-        to = other if n_listed >= enough else listed + 4 * n_listed
-        if up_data != 0:
-            for j in range(count):
-                row = start + row_number(these, j)
-                store_i32(to + 4 * n_fired, np.int32(row))
-                n_fired += np.int64(is_dense or load_u8(fired + row) != 0)
-        if n_listed >= enough or count == 0:
-            for j in range(0, n_listed, ROWS):
-                some = listed + 4 * j
-                ahead = rows_ahead(up, 0, some)
-                if in_turns:
-                    ahead = (data, nexts) if i < n_rows else (up_data, other)
-                n = min(ROWS, n_listed - j)
-                _multiply(up, some, n, ahead, h, packed, kind, act, fired, scratch)
-            listed, other, n_listed = other, listed, 0
-        n_listed += n_fired
+        ahead = rows_ahead(decider, start, these)
+        if rows != 0:
+            ahead = (data, these + 4 * ROWS)
+        if is_alike and i + ROWS >= n_rows:
+            ahead = (up_data, listed)
+        _decide(
+            decider,
+            start,
+            these,
+            count,
+            ahead,
+            h,
+            packed,
+            kind,
+            load_f32(threshold),
+            act,
+            fired,
+            scratch,
+        )
+        for j in range(count):
+            row = start + row_number(these, j)
+            store_i32(listed + 4 * n_listed, np.int32(row))
+            n_listed += np.int64(is_dense or load_u8(fired + row) != 0)
+    if up_data != 0:
+        for i in range(0, n_listed, ROWS):
+            some = listed + 4 * i
+            count = min(ROWS, n_listed - i)
+            nexts = some + 4 * ROWS if i + ROWS < n_listed else some
+            _multiply(up, some, count, (up_data, nexts), h, packed, kind, act, fired, scratch)
 
 
 @function
@@ -342,7 +330,7 @@ def ffn(args, control, epoch, thread):
     n_rows = np.int64(load_i32(n_rows_at)) if has_mask else n_ff
 
     if has_mask:
-        size = min(max(n_rows // (4 * n_threads), FEW), 16 * ROWS)
+        size = min(max(n_rows // (4 * n_threads), FEW), MOST)
     else:
         size = rows_per_task(n_rows, n_embd, n_threads, 1)
     n_tasks = max((n_rows + size - 1) // size, 1)

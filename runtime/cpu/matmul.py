@@ -27,17 +27,18 @@ from .simd import (
 from .tile import TILE
 
 ROWS = 16  # rows of a matrix that are taken at a time
+MOST = 16 * ROWS  # rows in a task, of no more than GROUP tokens
 GROUP = 32  # tokens that are multiplied with some panels before the next ones are
 FIRST = 16384  # bytes of a task that are asked for before it begins
 _TASKS = 16  # for each thread, that a matrix is cut into
 _PANELS_BYTES = 480 << 10  # of panels at once: they stay in the second cache
 
-# A thread's scratch: the end of a row, what its rows came to, two lists of rows, and from WORK on
+# A thread's scratch: the end of a row, what its rows came to, a list of rows, and from WORK on
 # whatever a job needs.
 SUMS = SCRATCH  # float32 [ROWS]
-LIST = SUMS + 4 * ROWS  # int32 [2, LISTED]
-LISTED = 2 * ROWS + SLACK
-WORK = -(-(LIST + 4 * 2 * LISTED) // 64) * 64
+LIST = SUMS + 4 * ROWS  # int32 [LISTED]
+LISTED = MOST + SLACK
+WORK = -(-(LIST + 4 * LISTED) // 64) * 64
 
 STORE, ADD = 0, 1
 
@@ -62,8 +63,8 @@ def rows_per_task(n_rows, n, n_threads, n_tok):
     Long runs, because what is prefetched behind the end of one is read by another thread; but
     enough of them that no thread waits long for the last.
     """
-    most = 16 if n_tok <= GROUP else panels_of(n)
-    return min(max(n_rows // (_TASKS * n_threads * ROWS), 1), most) * ROWS
+    most = MOST if n_tok <= GROUP else panels_of(n) * ROWS
+    return min(max(n_rows // (_TASKS * n_threads * ROWS), 1) * ROWS, most)
 
 
 @inline
