@@ -88,7 +88,7 @@ def check_rows(types=TYPES):
             if n % 32 == 0:
                 pack(x_at, n, packs.bytes.ctypes.data, one.holding(np.ones(64, np.uint8)))
             seen = round_activations(x) if type_ in INTEGER_DOT else x
-            value, factor = np.zeros(1, np.float32), np.array([0.7], np.float32)
+            value, factor = np.zeros(4, np.float32), np.array([0.7], np.float32)
             packed, spare = packs.bytes.ctypes.data, scratch.bytes.ctypes.data
             size, out = raw.size, value.ctypes.data
             call(rows.DOTS[type_], row, size, n, 0, 1, row, 0, x_at, packed, spare, out)
@@ -165,13 +165,13 @@ def test_lists_of_rows():
         scratch = np.zeros(rows.SCRATCH, np.uint8)
         listed = np.array([7, 0, 3, 3] + [0] * rows.SLACK, np.int32)
         for order, where, count in ((range(9), 0, 9), ([7, 0, 3, 3], listed.ctypes.data, 4)):
-            out, y = np.zeros(count, np.float32), np.zeros(n, np.float32)
+            out, y = np.zeros(12, np.float32), np.zeros(n, np.float32)
             values = rng.standard_normal(count).astype(np.float32)
             head = raw.ctypes.data, raw.shape[1], n, where, count, 0, where
             at = x.ctypes.data, packed.ctypes.data, scratch.ctypes.data, out.ctypes.data
             call(rows.DOTS[type_], *head, *at)
             scale = np.abs(w[list(order)] * seen).sum(axis=1).max()
-            np.testing.assert_allclose(out, w[list(order)] @ seen, atol=1e-6 * scale)
+            np.testing.assert_allclose(out[:count], w[list(order)] @ seen, atol=1e-6 * scale)
             call(axpy.AXPYS[type_], *head, values.ctypes.data, y.ctypes.data)
             expected = values @ w[list(order)]
             np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())

@@ -23,6 +23,12 @@ from ..formats import BLOCK_SIZES, COMPUTE_TYPES, GGMLType
 from ..formats import row_bytes as bytes_of
 from .isa import Q8_BIAS
 from .jit import Kernel, inline
+from .quants import (
+    load_4_rows,
+    load_q4_0_scales,
+    load_q8_0_scales,
+    splat_4_bytes,
+)
 from .rows import Q4_0, Q8_0, ask, fetch_far, load1, load16, row_at, row_number, to_fetch
 from .simd import (
     add_i32,
@@ -35,21 +41,17 @@ from .simd import (
     four_bytes,
     four_digits,
     largest_magnitude,
-    load_4_rows,
     load_f16x16,
     load_f32,
     load_f32x16,
     load_i32,
     load_i64,
-    load_q4_0_scales,
-    load_q8_0_scales,
     low_nibbles,
     mul,
     scale_i32,
     shift_left,
     shift_right_signed,
     splat,
-    splat_4_bytes,
     splat_i32,
     stack_4k,
     store_f32,

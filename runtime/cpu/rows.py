@@ -22,17 +22,31 @@ import numpy as np
 
 from ..formats import BLOCK_SIZES, COMPUTE_TYPES, SMALLEST_AMAX, GGMLType
 from ..formats import row_bytes as bytes_of
-from .isa import Q8_BIAS
 from .jit import Kernel, function, inline
+from .quants import (
+    add_sums,
+    dots_q4_0,
+    dots_q8_0,
+    q4_0_high,
+    q4_0_low,
+    q6_k_first,
+    q6_k_scales,
+    q6_k_second,
+    scales_q4_0,
+    scales_q8_0,
+    spread_first,
+    spread_fourth,
+    spread_second,
+    spread_third,
+    store_4_rows,
+)
 from .simd import (
     absolute,
     add,
     and_i32,
-    dot_bytes,
     dot_nibbles,
     fma,
     fma1,
-    high_nibbles,
     load_bf16,
     load_bf16x16,
     load_f16,
@@ -43,34 +57,21 @@ from .simd import (
     load_i8x64,
     load_i32,
     load_i32x16,
-    load_q4_0_quants,
-    load_q8_0_quants,
     load_u8,
     load_u8x16,
     low_bits,
-    low_nibbles,
     max16,
     maximum,
     mul,
     or_i32,
     prefetch,
     prefetch_far,
-    q4_0_high,
-    q4_0_low,
-    q4_0_scales,
-    q6_k_first,
-    q6_k_scales,
-    q6_k_second,
-    q8_0_scales,
     rint,
     scale_i32,
     shift_left,
     shift_right,
     splat,
-    spread_first,
-    spread_fourth,
-    spread_second,
-    spread_third,
+    splat_i32,
     store_f32,
     store_f32x16,
     store_i8x16,
@@ -90,7 +91,7 @@ Q4_K, Q5_K, Q6_K = int(GGMLType.Q4_K), int(GGMLType.Q5_K), int(GGMLType.Q6_K)
 BLOCK = 48  # bytes of one of a pack's blocks
 SLACK = 32  # numbers that may be read behind a list of rows
 AHEAD = 8192  # bytes between a read and its prefetch; by whole rows, so that lists of rows work
-SCRATCH = 128  # bytes of a thread's scratch that `dot` uses for the end of a row
+SCRATCH = 576  # bytes of a thread's scratch that `dots` uses for the ends of four rows
 
 
 @inline
@@ -159,19 +160,6 @@ def pack(x, n, out, ones):
 
 
 @inline
-def _group(type_, w, scales, bias, q, total):
-    """total + the blocks of 64 bytes of quants at w . as many packed activations."""
-    if type_ == Q4_0:  # 4 blocks, 128 activations
-        nibbles = load_q4_0_quants(w)
-        lanes = dot_nibbles(load_i32x16(bias), low_nibbles(nibbles), load_i8x64(q))
-        lanes = dot_nibbles(lanes, high_nibbles(nibbles), load_i8x64(q + 64))
-        return fma(to_f32(lanes), q4_0_scales(w, scales), total)
-    start = scale_i32(load_i32x16(bias), Q8_BIAS // 32)  # 2 blocks, 64 activations
-    lanes = dot_bytes(start, load_q8_0_quants(w), load_i8x64(q))
-    return fma(to_f32(lanes), q8_0_scales(w, scales), total)
-
-
-@inline
 def ask(far, near, is_listed, n_lines):
     """Ask for lines of what comes later, and of a list for those that come next; see to_fetch."""
     for line in range(0, 64 * n_lines, 64):
@@ -182,53 +170,60 @@ def ask(far, near, is_listed, n_lines):
 
 
 @inline
-def _dot2_blocks(type_, v, w, n, x, scratch, far_v, far_w, near_v, near_w, is_listed):
-    """The dot products of two rows of Q4_0 or Q8_0; call it with a constant type.
+def _four_groups(type_, r, s, t, u, x, bias, q):
+    """Return (parts, scales) of a group of each of four rows, see simd.py."""
+    if type_ == Q4_0:
+        return dots_q4_0(r, s, t, u, bias, q), scales_q4_0(r, s, t, u, x)
+    return dots_q8_0(r, s, t, u, bias, q), scales_q8_0(r, s, t, u, x)
+
+
+@inline
+def _dot4_blocks(type_, rows, n, x, scratch, far, near, is_listed, out):
+    """out [4] = the dot products of four rows of Q4_0 or Q8_0; call it with a constant type.
 
     Q4_0: sum over blocks of d * s * (sum of q4 * q8 - 8 * sum of q8), n / 32 * 18 bytes read a row;
     Q8_0: sum over blocks of d * s * (sum of q8 * q8), n / 32 * 34 bytes.
 
-    Two rows share what they read of x. What comes next is asked for one row after the other: of
-    neighbours that is one run of lines, as prefetchers like it (AMD's lose their way in two).
+    Four rows share what they read of x. What comes next is asked for one row after the other: of
+    neighbours that is one run of lines, as prefetchers like it (AMD's lose their way in several).
     """
     _, q8, bias8, q4, bias4, _ = planes(n)
     is_q4_0 = type_ == Q4_0
-    blocks, block_bytes = (4, 18) if is_q4_0 else (2, 34)  # blocks: in a group
-    q, bias = (x + q4, x + bias4) if is_q4_0 else (x + q8, x + bias8)
-    size, n_groups, rest = blocks * block_bytes, n // 32 // blocks, n // 32 % blocks * block_bytes
-    # Two sums a row, so that one waits for its multiply-add while the other goes on.
-    even_v, odd_v = splat(np.float32(0)), splat(np.float32(0))
-    even_w, odd_w = splat(np.float32(0)), splat(np.float32(0))
-    # Neighbours are one run of lines without a gap; of a list w comes in the second half.
-    far, near, turn = far_v, near_v, n_groups // 4 if is_listed else -1
-    for i in range(n_groups // 2):
-        if i == turn:
-            far, near = far_w, near_w
-        ask(far, near, is_listed, 5)  # 288 bytes of Q4_0, 272 of Q8_0
-        even_v = _group(type_, v, x, bias, q, even_v)
-        even_w = _group(type_, w, x, bias, q, even_w)
-        odd_v = _group(type_, v + size, x + 4 * blocks, bias + 64, q + 32 * blocks, odd_v)
-        odd_w = _group(type_, w + size, x + 4 * blocks, bias + 64, q + 32 * blocks, odd_w)
-        v, w, far, near = v + 2 * size, w + 2 * size, far + 4 * size, near + 4 * size
-        x, bias, q = x + 8 * blocks, bias + 128, q + 64 * blocks
-    if n_groups % 2 or rest:
-        ask(far, near, is_listed, 5)
-    if n_groups % 2:
-        even_v = _group(type_, v, x, bias, q, even_v)
-        even_w = _group(type_, w, x, bias, q, even_w)
-        v, w, x, bias, q = v + size, w + size, x + 4 * blocks, bias + 64, q + 32 * blocks
+    q, bias, bias_bytes = (x + q4, x + bias4, 64) if is_q4_0 else (x + q8, x + bias8, 128)
+    size, n_groups, rest = 72 if is_q4_0 else 136, n // 128, n // 32 % 4
+    r, s, t, u = rows
+    none = splat_i32(np.int32(0))
+    total, parts, scales = splat(np.float32(0)), (none, none, none, none), splat(np.float32(0))
+    n_lines, at_a_time = (4 * size + 63) // 64, (n_groups + 3) // 4
+    for k in range(4):
+        at, close = far[k], near[k]
+        for _ in range(at_a_time * k, min(at_a_time * (k + 1), n_groups)):
+            ask(at, close, is_listed, n_lines)
+            # One group is summed up while the next is multiplied.
+            before, factors = parts, scales
+            parts, scales = _four_groups(type_, r, s, t, u, x, bias, q)
+            total = add_sums(total, before, factors)
+            r, s, t, u = r + size, s + size, t + size, u + size
+            at, close = at + 4 * size, close + 4 * size
+            x, bias, q = x + 16, bias + bias_bytes, q + 128
+    total = add_sums(total, parts, scales)
     if rest:
-        odd_v = _group(type_, _padded(v, rest, size, scratch), x, bias, q, odd_v)
-        odd_w = _group(type_, _padded(w, rest, size, scratch), x, bias, q, odd_w)
-    return sum16(add(even_v, odd_v)), sum16(add(even_w, odd_w))
+        ask(at, close, is_listed, n_lines)
+        nbytes = size // 4 * rest
+        r, s = _padded(r, nbytes, size, scratch), _padded(s, nbytes, size, scratch + size)
+        t = _padded(t, nbytes, size, scratch + 2 * size)
+        u = _padded(u, nbytes, size, scratch + 3 * size)
+        parts, scales = _four_groups(type_, r, s, t, u, x, bias, q)
+        total = add_sums(total, parts, scales)
+    store_4_rows(total, out)
 
 
 @inline
-def _padded(w, rest, size, scratch):
+def _padded(w, nbytes, size, to):
     """Return a copy of the end of a row, which is inside a group, with blocks of zero behind it."""
     for i in range(size):
-        store_u8(scratch + i, load_u8(w + i) if i < rest else np.uint8(0))
-    return scratch
+        store_u8(to + i, load_u8(w + i) if i < nbytes else np.uint8(0))
+    return to
 
 
 @inline
@@ -419,6 +414,17 @@ def row_at(w, row_bytes, rows, i, count):
 
 
 @inline
+def rows_at(w, row_bytes, rows, i, count):
+    """Return where the i-th row is and the three behind it."""
+    return (
+        row_at(w, row_bytes, rows, i, count),
+        row_at(w, row_bytes, rows, i + 1, count),
+        row_at(w, row_bytes, rows, i + 2, count),
+        row_at(w, row_bytes, rows, i + 3, count),
+    )
+
+
+@inline
 def to_fetch(w, row_bytes, rows, i, j, count, next_w, next_rows):
     """Return what is fetched while rows i and j (or i alone) are read: far, far, near, near.
 
@@ -433,26 +439,24 @@ def to_fetch(w, row_bytes, rows, i, j, count, next_w, next_rows):
 
 
 def _make_dots(type_):
-    size, in_twos = bytes_of(GGMLType(type_), 256) // 8, type_ in (Q4_0, Q8_0)  # of 32 weights
+    size, in_fours = bytes_of(GGMLType(type_), 256) // 8, type_ in (Q4_0, Q8_0)  # of 32 weights
 
     def dots(w, row_bytes, n, rows, count, next_w, next_rows, x, packed, scratch, out):
-        for i in range(0, count, 2 if in_twos else 1):
-            # A last row without a partner is multiplied twice.
-            j = min(i + 1, count - 1) if in_twos else i
-            v, u = row_at(w, row_bytes, rows, i, count), row_at(w, row_bytes, rows, j, count)
-            far_v, far_u, near_v, near_u = to_fetch(
-                w, row_bytes, rows, i, j, count, next_w, next_rows
-            )
-            if in_twos:
-                a, b = _dot2_blocks(
-                    type_, v, u, n, packed, scratch, far_v, far_u, near_v, near_u, rows != 0
-                )
-                store_f32(out + 4 * j, b)
-            elif type_ == Q6_K:
-                a = _dot_q6_k(v, n, packed, far_v, near_v, rows != 0)
+        is_listed = rows != 0
+        for i in range(0, count, 4 if in_fours else 1):
+            if in_fours:
+                four = rows_at(w, row_bytes, rows, i, count)
+                far = rows_at(next_w, row_bytes, next_rows, i, count)
+                near = rows_at(w, row_bytes, rows, i + 4, count)
+                to = out + 4 * i
+                _dot4_blocks(type_, four, n, packed, scratch, far, near, is_listed, to)
+                continue
+            row = row_at(w, row_bytes, rows, i, count)
+            far, _, near, _ = to_fetch(w, row_bytes, rows, i, i, count, next_w, next_rows)
+            if type_ == Q6_K:
+                store_f32(out + 4 * i, _dot_q6_k(row, n, packed, far, near, is_listed))
             else:
-                a = _dot_float(type_, size, v, n, x, far_v, near_v, rows != 0)
-            store_f32(out + 4 * i, a)
+                store_f32(out + 4 * i, _dot_float(type_, size, row, n, x, far, near, is_listed))
 
     return Kernel(dots, 11, f"dots_{GGMLType(type_).name}")
 
@@ -485,8 +489,8 @@ def _make_widen(type_):
     return Kernel(widen, 7, f"widen_{GGMLType(type_).name}")
 
 
-# dots(w, row_bytes, n, rows, count, next_w, next_rows, x, packed, scratch, out): out [count] =
-# rows . activations, float32 `x` [n], or `packed` where the format is integer.
+# dots(w, row_bytes, n, rows, count, next_w, next_rows, x, packed, scratch, out): out [count, to a
+# multiple of 4] = rows . activations, float32 `x` [n], or `packed` where the format is integer.
 DOTS = {int(type_): _make_dots(int(type_)) for type_ in COMPUTE_TYPES}
 # widen(w, row_bytes, n, rows, count, out, out_bytes): the rows as float32 [n], out_bytes apart.
 WIDENS = {int(type_): _make_widen(int(type_)) for type_ in COMPUTE_TYPES}

@@ -481,7 +481,7 @@ def _halves(b: Any, x: Any) -> tuple[Any, Any]:
     return shuffle(b, x, x, list(range(n))), shuffle(b, x, x, list(range(n, 2 * n)))
 
 
-def _join(b: Any, x: Any, y: Any) -> Any:
+def join(b: Any, x: Any, y: Any) -> Any:
     return shuffle(b, x, y, list(range(2 * x.type.count)))
 
 
@@ -503,7 +503,7 @@ def _dot4_avx2(b: Any, unsigned: Any, signed: Any) -> Any:
     for u, s in zip(_halves(b, unsigned), _halves(b, signed), strict=True):
         pairs = call(b, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(i16, 16), u, s)
         sums.append(call(b, "llvm.x86.avx2.pmadd.wd", ir.VectorType(i32, 8), pairs, ones))
-    return _join(b, sums[0], sums[1])
+    return join(b, sums[0], sums[1])
 
 
 def _vpdpbusd(b: Any, total: Any, unsigned: Any, signed: Any) -> Any:
@@ -562,14 +562,6 @@ def store_sums(b, x, at, stride):
             b.store(value, b.inttoptr(where, i32.as_pointer()), align=1)
 
 
-def _gather_blocks(b: Any, address: Any, n: int, stride: int, size: int) -> Any:
-    """Join the quants (after a 2-byte scale) of `n` blocks, `stride` bytes apart."""
-    parts = [load(b, offset(b, address, i * stride + 2), ir.VectorType(i8, size)) for i in range(n)]
-    while len(parts) > 1:
-        parts = [_join(b, parts[i], parts[i + 1]) for i in range(0, len(parts), 2)]
-    return parts[0]
-
-
 def halves_to_float(b: Any, bits: Any) -> Any:
     """Return the float32 of int16 that are halves."""
     if HAS_HALF:
@@ -593,149 +585,6 @@ def words_to_bits(b: Any, addresses: list[Any]) -> Any:
         vector = b.insert_element(vector, word, ir.Constant(i32, i))
     bits = b.bitcast(vector, ir.VectorType(i16, 4 * len(words)))
     return shuffle(b, bits, bits, list(range(len(addresses))))
-
-
-def _spread(b: Any, x: Any, first: int, n: int) -> Any:
-    """Repeat n elements of x, from `first` on, each over 16 / n lanes."""
-    return shuffle(b, x, x, [first + lane * n // 16 for lane in range(16)])
-
-
-def _spread_scales(b: Any, address: Any, x_scales: Any, n: int, stride: int) -> Any:
-    """Return w scale * x scale of `n` blocks, each repeated over its 16 / n lanes."""
-    if HAS_VNNI:  # a vector holds those of a group (72 or 68 bytes)
-        words = load(b, address, ir.VectorType(i16, 32))
-        bits = shuffle(b, words, words, [i * stride // 2 for i in range(n)])
-    else:
-        bits = words_to_bits(b, [offset(b, address, i * stride) for i in range(n)])
-    floats = b.fmul(halves_to_float(b, bits), load(b, x_scales, ir.VectorType(float_, n)))
-    return _spread(b, floats, 0, n)
-
-
-@op(I8x64, intp)
-def load_q4_0_quants(b, address):
-    """Load the 64 bytes of nibbles of 4 consecutive Q4_0 blocks."""
-    return _gather_blocks(b, address, 4, 18, 16)
-
-
-@op(F32x16, intp)
-def load_q4_0_scales(b, address):
-    """Load the scales of 16 consecutive Q4_0 blocks as float32."""
-    # Of 8 blocks they lie in two vectors: every 9th word.
-    words, lanes = ir.VectorType(i16, 32), [9 * i for i in range(8)]
-    parts = [
-        shuffle(
-            b,
-            load(b, offset(b, address, at), words),
-            load(b, offset(b, address, at + 64), words),
-            lanes,
-        )
-        for at in (0, 8 * 18)
-    ]
-    return halves_to_float(b, _join(b, parts[0], parts[1]))
-
-
-@op(F32x16, intp, intp)
-def q4_0_scales(b, address, x_scales):
-    """Scales of 4 Q4_0 blocks times 4 float32 at `x_scales`, each over 4 lanes."""
-    return _spread_scales(b, address, x_scales, 4, 18)
-
-
-@op(I8x64, intp)
-def load_q8_0_quants(b, address):
-    """Load the 64 bytes of 2 consecutive Q8_0 blocks."""
-    return _gather_blocks(b, address, 2, 34, 32)
-
-
-@op(F32x16, intp)
-def load_q8_0_scales(b, address):
-    """Load the scales of 16 consecutive Q8_0 blocks as float32."""
-    return halves_to_float(b, words_to_bits(b, [offset(b, address, 34 * i) for i in range(16)]))
-
-
-@op(F32x16, intp, intp)
-def q8_0_scales(b, address, x_scales):
-    """Scales of 2 Q8_0 blocks times 2 float32 at `x_scales`, each over 8 lanes."""
-    return _spread_scales(b, address, x_scales, 2, 34)
-
-
-def _q6_k_join(b: Any, nibbles: Any, high_at: Any, shift: Any, amounts: tuple[int, int]) -> Any:
-    """Put above 64 nibbles the pairs of bits of 32 bytes at `high_at`, shifted either way."""
-    high = load(b, high_at, ir.VectorType(i8, 32))
-    words = b.bitcast(_join(b, high, high), ir.VectorType(i16, 32))
-    # What goes from byte to byte is masked.
-    words = shift(words, ir.Constant(words.type, [n for n in amounts for _ in range(16)]))
-    return b.or_(nibbles, b.and_(b.bitcast(words, I8x64.llvm), constant(I8x64.llvm, 0x30)))
-
-
-@op(I8x64, I8x64, intp)
-def q6_k_first(b, nibbles, high):
-    """Return weights 0 to 63 (0 to 63 each) of half a Q6_K block."""
-    return _q6_k_join(b, b.and_(nibbles, constant(I8x64.llvm, 15)), high, b.shl, (4, 2))
-
-
-@op(I8x64, I8x64, intp)
-def q6_k_second(b, nibbles, high):
-    """Return weights 64 to 127 of half a Q6_K block."""
-    return _q6_k_join(b, b.lshr(nibbles, constant(I8x64.llvm, 4)), high, b.lshr, (0, 2))
-
-
-@op(F32x16, intp, float32, intp)
-def q6_k_scales(b, scales, d, x_scales):
-    """d * 16 signed bytes at `scales` * 8 float32 at `x_scales`, one for two."""
-    w = b.sitofp(load(b, scales, ir.VectorType(i8, 16)), F32x16.llvm)
-    x = load(b, x_scales, ir.VectorType(float_, 8))
-    pairs = shuffle(b, x, x, [lane // 2 for lane in range(16)])
-    return b.fmul(b.fmul(w, splat_to(b, d, F32x16.llvm)), pairs)
-
-
-def _quarter(k: int) -> Any:
-    @op(F32x16, F32x16)
-    def spread(b, x):
-        return _spread(b, x, 4 * k, 4)
-
-    spread.__doc__ = f"Repeat numbers {4 * k} to {4 * k + 3} of 16, each over 4 lanes."
-    return spread
-
-
-spread_first, spread_second, spread_third, spread_fourth = (_quarter(k) for k in range(4))
-
-
-def _nibbles_f32(b: Any, address: Any, shift: int) -> Any:
-    nibbles = load(b, address, ir.VectorType(i8, 16))
-    if HAS_VNNI:
-        # A table of the 16 values, looked up by the lowest 4 bits of each lane.
-        lanes = b.lshr(b.zext(nibbles, I32x16.llvm), constant(I32x16.llvm, shift))
-        table = ir.Constant(F32x16.llvm, [float(q - 8) for q in range(16)])
-        return call(b, "llvm.x86.avx512.permvar.sf.512", F32x16.llvm, table, lanes)
-    byte16 = nibbles.type
-    nibbles = b.and_(b.lshr(nibbles, constant(byte16, shift)), constant(byte16, 15))
-    return b.sitofp(b.sub(nibbles, constant(byte16, 8)), F32x16.llvm)
-
-
-@op(F32x16, intp)
-def q4_0_low(b, address):
-    """Return q - 8 of a Q4_0 block's first 16 weights; `address` is that of its nibbles."""
-    return _nibbles_f32(b, address, 0)
-
-
-@op(F32x16, intp)
-def q4_0_high(b, address):
-    """Return q - 8 of a Q4_0 block's last 16 weights."""
-    return _nibbles_f32(b, address, 4)
-
-
-@op(I8x64, intp, intp, intp, intp)
-def load_4_rows(b, r, s, t, u):
-    """Load 16 bytes of each of four rows: the first of each, then the second of each, ..."""
-    parts = [load(b, address, ir.VectorType(i8, 16)) for address in (r, s, t, u)]
-    x, y = _join(b, parts[0], parts[1]), _join(b, parts[2], parts[3])
-    return shuffle(b, x, y, [16 * row + i for i in range(16) for row in range(4)])
-
-
-@op(I8x64, int32)
-def splat_4_bytes(b, x):
-    """Return 16 times the 4 bytes of x."""
-    return b.bitcast(splat_to(b, x, I32x16.llvm), I8x64.llvm)
 
 
 # -- threads ----------------------------------------------------------------------------------
