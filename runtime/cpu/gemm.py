@@ -31,18 +31,18 @@ from .rows import (
     planes,
 )
 from .simd import (
-    load_f16,
     load_f32x16,
-    load_i8x16,
     load_i64,
     mul,
     prefetch_far,
-    splat,
+    shift_left,
+    shift_right_signed,
     store_f32,
     store_f32x16,
     store_i32x16,
     store_i64,
     sub_bytes,
+    to_f32,
 )
 from .tile import (
     TILE,
@@ -169,10 +169,10 @@ def _unpack_q6_k_block(rows, start, quads_at, scales):
             quads = six_bits_odd(load_4x16(rows, low + 32), pairs)
             _store_quads(at + 512, quads[:4], 32)
             _store_quads(at + 1536, quads[4:], 32)
+    d, fours = load_halves(rows, start + 208), load_4x16(rows, start + 192)
     for i in range(16):
-        d = splat(load_f16(rows[i] + start + 208))
-        store_f32x16(scales + 64 * i, mul(load_i8x16(rows[i] + start + 192), d))
-    transpose(scales)
+        scale = shift_right_signed(shift_left(fours[i // 4], 24 - 8 * (i % 4)), 24)
+        store_f32x16(scales + 64 * i, mul(to_f32(scale), d))
 
 
 @inline
@@ -208,16 +208,16 @@ def _add_32(totals, tokens, quads, is_signed, scale, x):
 
 
 @inline
-def _add_256(totals, tokens, quads_at, scales, x):
-    """totals + a block of 256 columns of Q6_K, whose scales are those of 16 each."""
-    for i in range(16):
+def _add_64(totals, tokens, quads_at, scales, x):
+    """totals + 64 columns of Q6_K, whose scales are those of 16 each."""
+    for i in range(4):
         block, w = x + BLOCK * (i // 2), load_4_quads(quads_at + 256 * i)
         at, x_sum, scale = block + i % 2 * 16, block + 40 + i % 2 * 4, load_f32x16(scales + 64 * i)
         if HAS_AMX:
-            factor = Q8_BIAS // 8
+            factor = Q8_BIAS // 32
             totals = signed_step(totals, tokens, w, scale, at, block + 32, x_sum, factor)
         else:
-            totals = unsigned_step(totals, tokens, w, scale, at, block + 32, x_sum, 4)
+            totals = unsigned_step(totals, tokens, w, scale, at, block + 32, x_sum, 1)
     return totals
 
 
@@ -231,10 +231,10 @@ def _multiply(type_, n, panel, tokens, following, out):
         for column in range(n):
             totals = float_step(totals, tokens, panel + 64 * column, 4 * column)
     elif type_ == Q6_K:
-        for i in range(n // 256):
-            row, done = _fetch(following, row, done, n // 256)
-            at, scale = panel + 4096 * i, scales + 1024 * i
-            totals = _add_256(totals, tokens, at, scale, x + 8 * BLOCK * i)
+        for i in range(n // 64):
+            row, done = _fetch(following, row, done, n // 64)
+            at, scale = panel + 1024 * i, scales + 256 * i
+            totals = _add_64(totals, tokens, at, scale, x + 2 * BLOCK * i)
     else:
         for i in range(n // 32):
             row, done = _fetch(following, row, done, n // 32)
@@ -250,10 +250,13 @@ def _multiply_few(type_, rows, n, panel, tokens, following, out):
     literally(type_)
     totals, x, row, done = no_totals(tokens), planes(n)[5], 0, 0
     if type_ == Q6_K:
-        for i in range(n // 256):
-            row, done = _fetch(following, row, done, n // 256)
-            _unpack_q6_k_block(rows, 210 * i, panel, panel + 4096)
-            totals = _add_256(totals, tokens, panel, panel + 4096, x + 8 * BLOCK * i)
+        for i in range(n // 64):
+            if i % 4 == 0:
+                row, done = _fetch(following, row, done, 5 * n // 256)
+                _unpack_q6_k_block(rows, 210 * (i // 4), panel, panel + 4096)
+            row, done = _fetch(following, row, done, 5 * n // 256)
+            at, scale = panel + 1024 * (i % 4), panel + 4096 + 256 * (i % 4)
+            totals = _add_64(totals, tokens, at, scale, x + 2 * BLOCK * i)
     else:
         for i in range(n // 32):
             row, done = _fetch(following, row, done, n // 32)

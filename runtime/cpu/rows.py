@@ -9,8 +9,8 @@ in this order (all offsets are multiples of 64):
     q4       int8 [n_pad]        per 4 blocks: the first 16 of each, then the last 16 of each,
                                  as the nibbles of 4 Q4_0 blocks lie     for Q4_0 rows
     bias4    i32  [n_pad / 8]    -8 * (sum of the 8 that meet in one lane)
-    blocks   48 bytes [n_pad / 32]: q8 [32], scale, -8 * (sum of 32, of the first 16, of the last
-                                    16); all that gemm.py needs, in one place
+    blocks   48 bytes [n_pad / 32]: q8 [32], scale, -8 * (sum of 32), -32 * (sum of the first 16, of
+                                    the last 16); all that gemm.py needs, in one place
 
 Rounding: DESIGN.md section 6 (int8 in blocks of 32, half to even), the same as
 formats.round_activations. Float formats read the activations as they are.

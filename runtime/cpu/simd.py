@@ -551,13 +551,17 @@ def dot_bytes(b, total, w, x):
 
 @op(void, I32x16, intp, intp)
 def store_sums(b, x, at, stride):
-    """Store the sum of the first 8, the first 4, the next 4; and of the others at + stride."""
+    """Store the sum of the first 8, and 4 times that of the first 4 and of the next 4.
+
+    And of the others at + stride.
+    """
     for n in (8, 4):
         even, odd = (shuffle(b, x, x, list(range(k, 2 * n, 2))) for k in (0, 1))
         x = b.add(even, odd)
     for i in range(2):
         first, last = (b.extract_element(x, ir.Constant(i32, 2 * i + k)) for k in (0, 1))
-        for k, value in enumerate((b.add(first, last), first, last)):
+        four_times = (b.shl(half, ir.Constant(i32, 2)) for half in (first, last))
+        for k, value in enumerate((b.add(first, last), *four_times)):
             where = offset(b, at if i == 0 else b.add(at, stride), 4 * k)
             b.store(value, b.inttoptr(where, i32.as_pointer()), align=1)
 
