@@ -30,7 +30,7 @@ from .matmul import (
     token_list,
 )
 from .pool import finish, take, wait
-from .rows import clear_flags, fill_zero, row_number
+from .rows import clear_flags, fetch_rows, fill_zero, row_number
 from .simd import (
     append_numbers,
     append_values,
@@ -250,6 +250,7 @@ def _down(args, rows, n_rows, first, width, scratch):
     n_piece = (FEW_PIECE if n_tok <= FEW else PIECE) // width
     for start in range(0, n_rows, n_piece):
         count = min(n_piece, n_rows - start)
+        later = min(n_piece, n_rows - start - count)
         listed = rows + 4 * start if rows != 0 else 0
         at = data if rows != 0 else data + start * row_bytes
         call_rows(arg(down, MATRIX.widen), at, row_bytes, width, listed, count, piece, 4 * width)
@@ -268,6 +269,10 @@ def _down(args, rows, n_rows, first, width, scratch):
                 arg(args, FFN.values) + 4 * (t * n_ff + cursor),
                 i - cursor,
             )
+            if rows != 0:  # a share of the next piece: all is more than a core waits for at once
+                begin, end = t * later // n_tok, (t + 1) * later // n_tok
+                nexts = rows + 4 * (start + count + begin)
+                fetch_rows(data, row_bytes, nexts, end - begin, row_bytes * width // n_embd)
     for t in range(n_tok):
         if bias != 0:
             add_to(y + 4 * t * width, bias + 4 * first, 0, width)

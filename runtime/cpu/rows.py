@@ -468,8 +468,8 @@ def _make_widen(type_):
     def widen(w, row_bytes, n, rows, count, out, out_bytes):
         for i in range(count):
             at, to = w + row_number(rows, i) * row_bytes, out + i * out_bytes
-            ahead = w + row_number(rows, i + 24) * row_bytes
-            fetch_far(ahead, n // block_size * block_bytes)
+            if rows == 0:
+                fetch_far(at + 24 * row_bytes, n // block_size * block_bytes)
             if is_block_of_32:
                 for block in range(n // 32):
                     source = at + block * block_bytes
@@ -493,4 +493,5 @@ def _make_widen(type_):
 # multiple of 4] = rows . activations, float32 `x` [n], or `packed` where the format is integer.
 DOTS = {int(type_): _make_dots(int(type_)) for type_ in COMPUTE_TYPES}
 # widen(w, row_bytes, n, rows, count, out, out_bytes): the rows as float32 [n], out_bytes apart.
+# Without a list those behind are asked for.
 WIDENS = {int(type_): _make_widen(int(type_)) for type_ in COMPUTE_TYPES}
