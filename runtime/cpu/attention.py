@@ -14,7 +14,7 @@ from .jit import arg, function, inline, job
 from .linear import norm_task
 from .matmul import STORE, WORK, add_rows, add_to, first_task, matmul_task, n_tasks_of, task_data
 from .pool import finish, take, wait
-from .rows import F16, fill_zero, lead, pack_stride
+from .rows import F16, fill_zero, pack_stride
 from .simd import (
     call_axpys,
     call_dots,
@@ -185,7 +185,9 @@ def _single(args, t, head, split, scratch):
     head_bytes = head_dim * (2 if arg(args, ATTEND.kv_type) == F16 else 4)
     row = np.int64(load_i32(arg(args, ATTEND.rows) + 4 * t))
     length = np.int64(load_i32(arg(args, ATTEND.positions) + 4 * t)) + 1
-    start, ahead = split * SPLIT, lead(head_bytes) * head_bytes
+    # Runs of rows are short: a page's. Meanwhile those are asked for that this thread is likely to
+    # read next, of as many heads further as there are threads.
+    start, ahead = split * SPLIT, arg(args, ATTEND.n_threads) * PAGE * head_bytes
     n = min(SPLIT, length - start)
     scores, group = scratch + WORK, n_head // n_head_kv
     for i in range(head * group, (head + 1) * group):
@@ -361,9 +363,9 @@ def attend(args, control, epoch, thread):
         task = take(control, 0, epoch, n_tasks)
         if task < 0:
             break
-        split, task = task % n_splits, task // n_splits
+        head, task = task % n_head_kv, task // n_head_kv
         # The last blocks have seen most: they go first, so that no thread waits long at the end.
-        head, t = task % n_head_kv, (n_blocks - 1 - task // n_head_kv) * BLOCK
+        split, t = task % n_splits, (n_blocks - 1 - task // n_splits) * BLOCK
         block_end = min(t + BLOCK, n_tok)
         while t < block_end:
             end = _run_end(args, t, n_tok)
