@@ -47,6 +47,10 @@ class KVCache:
         sequence.pages += [self._free.pop() for _ in range(need)]
         sequence.length += n
 
+    def bytes_of(self, length: float) -> float:
+        """Return the bytes of `length` tokens, which one more reads of all layers."""
+        return (self.k.nbytes + self.v.nbytes) / (self.n_pages * PAGE) * length
+
     def release(self, sequence: Sequence) -> None:
         """Give the pages of `sequence` back."""
         self._free += reversed(sequence.pages)

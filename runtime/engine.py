@@ -204,6 +204,10 @@ class Engine:
         read = self.timings.traffic
         return None if read is None else self.bound_of(read.total)
 
+    def cache_bytes(self, length: float) -> float:
+        """Return the bytes of K and V that a token reads whose text has `length` tokens."""
+        return self._plan.cache.bytes_of(length)
+
     def bound_of(self, nbytes: float) -> float | None:
         """Return bound() for tokens that read so many bytes of weights."""
         return self._ops.bound(self.file.data, nbytes) or None

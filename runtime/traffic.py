@@ -1,4 +1,4 @@
-"""What a token reads: bytes of weights by part, from what its FFNs computed."""
+"""What a token reads: bytes of weights by part, from what its FFNs computed; and of the cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .weights import Weights
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of weights that one token reads, on average; each row counted whenever it is read."""
+    """Bytes that one token reads, on average; each row of weights counted whenever it is read."""
 
     attention: float
     predictor: float
@@ -21,6 +21,7 @@ class Traffic:
     up: float
     down: float
     head: float
+    cache: float = 0.0  # K and V of earlier tokens, where they are counted
 
     @property
     def ffn(self) -> float:
@@ -29,13 +30,14 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        return self.attention + self.ffn + self.head
+        return self.attention + self.ffn + self.head + self.cache
 
 
 def traffic(weights: Weights, mode: Mode, counts: np.ndarray) -> Traffic:
     """Return the traffic of single tokens (decode), given Buffers.counts summed over some tokens.
 
-    counts [n_layer, COUNTS]. Norms, biases and the cache are left out: they are small beside it.
+    counts [n_layer, COUNTS]. Norms and biases are left out: they are small beside it; the cache is,
+    too, in short texts: KVCache.bytes_of.
     """
     tokens = max(int(counts[:, 0].max(initial=0)), 1)
     sums = dict.fromkeys(("attention", "predictor", "decider", "up", "down"), 0.0)

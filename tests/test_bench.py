@@ -49,6 +49,25 @@ def test_table(capfd):
     assert "| decode 3 |" in out and "| 100.0% |" in out and "MB a token by part" in out
 
 
+def test_depth(capfd):
+    """Texts that have tokens before: of them the cache is read, too."""
+    options = ["-p", "8", "-n", "4", "-d", "0,700", "-t", "1", "-r", "1", "--json"]
+    code, out, _ = run(capfd, "bench", "-m", demo_model(), *options)
+    assert code == 0
+    rows = json.loads(out)["results"]
+    assert [(r["n_prompt"], r["n_decode"], r["depth"]) for r in rows] == [
+        (8, 0, 0),
+        (8, 0, 700),
+        (0, 4, 0),
+        (0, 4, 700),
+    ]
+    with powerinfer.open(demo_model()) as llm:
+        c = llm.config
+    each = 2 * 2 * c.n_layer * c.n_head_kv * c.head_dim  # f16
+    for row in rows[2:]:  # tokens 5 to 8 after those before: 6.5 in the mean, itself included
+        assert row["bytes_per_token"]["cache"] == each * (row["depth"] + 6.5)
+
+
 def test_files_in_slow_memory():
     def results(*file_rates):
         return [

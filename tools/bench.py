@@ -38,10 +38,17 @@ class Test:
     n_prompt: int = 0
     n_decode: int = 0
     batch: int = 1  # texts written side by side
+    depth: int = 0  # tokens that each text has before
 
     @property
     def name(self) -> str:
-        return f"prompt {self.n_prompt}" if self.n_prompt else f"decode {self.n_decode}"
+        name = f"prompt {self.n_prompt}" if self.n_prompt else f"decode {self.n_decode}"
+        return f"{name} at {self.depth}" if self.depth else name
+
+    @property
+    def length(self) -> int:
+        """How many tokens a text has in the end."""
+        return self.depth + (self.n_prompt or WARM_UP + self.n_decode)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Result:
 
     @property
     def bound(self) -> float | None:
-        """Tokens per second if nothing but weights were read, each once for one text."""
+        """Tokens per second if weights and cache were read, once for one text, and no more done."""
         if self.traffic is None or self.test.batch > 1:
             return None
         return self.placed or self.bandwidth / self.traffic.total
@@ -87,7 +94,7 @@ class Bench:
 
         self._reader, self._file_reader = Reader(), Reader(model.file.data)
         batch = max(test.batch for test in tests)
-        longest = max(test.n_prompt + test.n_decode for test in tests) + WARM_UP
+        longest = max(test.length for test in tests)
         for threads in sorted({test.threads for test in tests}):
             own = dataclasses.replace(
                 options, threads=threads, sequences=batch, context=longest, adapt=False
@@ -120,20 +127,18 @@ class Bench:
         engine = self._engines[test.threads]
         sequences = [TextSequence() for _ in range(test.batch)]
         counts = engine.no_counts()
+        wanted = list(range(test.batch))
         try:
+            for sequence, ids in zip(sequences, self._ids, strict=False):
+                self._read(engine, sequence, ids[: test.depth], engine.no_counts())
             if test.n_prompt:
-                ids = self._ids[0][: test.n_prompt]
+                ids = self._ids[0][test.depth : test.length]
                 started = time.perf_counter()
-                chunk = engine.options.chunk
-                for at in range(0, len(ids), chunk):
-                    part = ids[at : at + chunk]
-                    wanted = [len(part) - 1] if at + chunk >= len(ids) else []
-                    engine.feed([(sequences[0], part)], wanted, counts)
+                self._read(engine, sequences[0], ids, counts)
                 return time.perf_counter() - started, counts
-            wanted = list(range(test.batch))
             started = 0.0
-            for step in range(WARM_UP + test.n_decode):
-                if step == WARM_UP:
+            for step in range(test.depth, test.length):
+                if step == test.depth + WARM_UP:
                     counts[:] = 0
                     started = time.perf_counter()
                 tokens = [self._ids[i][step : step + 1] for i in range(test.batch)]
@@ -142,6 +147,24 @@ class Bench:
         finally:
             for sequence in sequences:
                 engine.release(sequence)
+
+    @staticmethod
+    def _read(
+        engine: Engine, sequence: TextSequence, ids: Sequence[int], counts: np.ndarray
+    ) -> None:
+        """Feed tokens to a text by chunks, asking for the last one's logits."""
+        chunk = engine.options.chunk
+        for at in range(0, len(ids), chunk):
+            part = ids[at : at + chunk]
+            engine.feed([(sequence, part)], [len(part) - 1] * (at + chunk >= len(ids)), counts)
+
+    def _traffic(self, test: Test) -> Traffic | None:
+        """What a token of a decoding test read: of weights, and of its text's cache."""
+        if not test.n_decode:
+            return None
+        engine, mean = self._engines[test.threads], test.length - (test.n_decode - 1) / 2
+        weights = traffic(engine.weights, engine.mode, self._counts[test])
+        return dataclasses.replace(weights, cache=engine.cache_bytes(mean))
 
     def results(self) -> list[Result]:
         out = []
@@ -153,7 +176,7 @@ class Bench:
                 Result(
                     test=test,
                     rates=self._rates[test],
-                    traffic=traffic(engine.weights, engine.mode, counts) if test.n_decode else None,
+                    traffic=self._traffic(test),
                     computed=float(rows / max(tokens, 1) / engine.config.n_ff),
                     bandwidth=bandwidth,
                     file_bandwidth=file_bandwidth,
@@ -226,7 +249,7 @@ def as_table(results: Sequence[Result]) -> str:
 
 def parts_table(traffic: Traffic) -> str:
     """Return what a token reads, by part."""
-    parts = ("attention", "predictor", "decider", "up", "down", "head")
+    parts = ("attention", "predictor", "decider", "up", "down", "head", "cache")
     values = ", ".join(f"{part} {getattr(traffic, part) / 1e6:.1f}" for part in parts)
     return f"MB a token by part: {values}"
 

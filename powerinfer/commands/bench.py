@@ -1,13 +1,14 @@
 """Measure speed: prompts, decoding and batches, beside what the memory of this machine allows.
 
-The bound is what decoding could reach if it did nothing but read, once, the weights that a token
-needs, at the bandwidth measured in the same run. Rounds of all tests (and of --vs) take turns;
-the table shows medians.
+The bound is what decoding could reach if it did nothing but read, once, the weights and the cache
+that a token needs, at the bandwidth measured in the same run. Rounds of all tests (and of --vs)
+take turns; the table shows medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-n", "--decode", type=numbers, default=[128], help="tokens to write (128; 0: none)")
     add("-t", "--threads", type=numbers, help="numbers of threads, like 1,2 (physical cores)")
     add("-b", "--batch", type=numbers, default=[1], help="texts side by side, like 1,4,8")
+    add("-d", "--depth", type=numbers, default=[0], help="tokens before those, like 0,2000")
     add("-r", "--rounds", type=at_least(1), default=5, help="default: 5")
     add("--vs", metavar="COMMAND", help="another program to take turns with; it prints its rate")
     add("--vs-pattern", default=RATE, metavar="REGEX", help="finds the rate in its output")
@@ -44,12 +46,14 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from ..runtime.cpu.pool import physical_cores
 
     threads = [t for t in args.threads or [physical_cores()] if t]
-    tests = [Test(t, n_prompt=p) for t in threads for p in args.prompt if p]
+    tests = [
+        Test(t, n_prompt=p, depth=d)
+        for t, p, d in itertools.product(threads, args.prompt, args.depth)
+        if p
+    ]
     tests += [
-        Test(t, n_decode=n, batch=b)
-        for t in threads
-        for n in args.decode
-        for b in args.batch
+        Test(t, n_decode=n, batch=b, depth=d)
+        for t, n, b, d in itertools.product(threads, args.decode, args.batch, args.depth)
         if n and b
     ]
     if not tests:
