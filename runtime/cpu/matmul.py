@@ -29,14 +29,15 @@ from .tile import TILE
 ROWS = 16  # rows of a matrix that are taken at a time
 MOST = 16 * ROWS  # rows in a task, of no more than GROUP tokens
 GROUP = 32  # tokens that are multiplied with some panels before the next ones are
-FIRST = 16384  # bytes of a task that are asked for before it begins
+FIRST = 16384  # bytes of a task that are asked for before it begins, and then ahead
+_AT_ONCE = 4 * ROWS  # rows that one token is multiplied with in one call, if they are short
 _TASKS = 16  # for each thread, that a matrix is cut into
 _PANELS_BYTES = 480 << 10  # of panels at once: they stay in the second cache
 
 # A thread's scratch: the end of a row, what its rows came to, a list of rows, and from WORK on
 # whatever a job needs.
-SUMS = SCRATCH  # float32 [ROWS]
-LIST = SUMS + 4 * ROWS  # int32 [LISTED]
+SUMS = SCRATCH  # float32 [_AT_ONCE]
+LIST = SUMS + 4 * _AT_ONCE  # int32 [LISTED]
 LISTED = MOST + SLACK
 WORK = -(-(LIST + 4 * LISTED) // 64) * 64
 
@@ -97,7 +98,7 @@ def row_dots(matrix, first, rows, count, ahead, x, packed, scratch):
     """Return where float32 [count] lie: rows of a matrix times one token's x, plus their biases.
 
     `rows`: the address of a list of row numbers (`first` is 0 then), or 0 for the rows from
-    `first` on; at most ROWS. `ahead`: what is prefetched meanwhile, as rows_ahead says.
+    `first` on; at most _AT_ONCE. `ahead`: what is prefetched meanwhile, as rows_ahead says.
     """
     out, row_bytes = scratch + SUMS, arg(matrix, MATRIX.row_bytes)
     call_dots(
@@ -203,8 +204,7 @@ def first_task(control, phase, epoch, n_tasks, matrix, n_threads, n_tok):
     """Take a task, and ask for its first rows before what they are multiplied with is there."""
     task = take(control, phase, epoch, n_tasks)
     if task >= 0:
-        nbytes = min(ROWS * arg(matrix, MATRIX.row_bytes), FIRST)
-        fetch_far(task_data(matrix, task, n_threads, n_tok), nbytes)
+        fetch_far(task_data(matrix, task, n_threads, n_tok), FIRST)
     return task
 
 
@@ -245,13 +245,18 @@ def matmul_task(matrix, task, next_w, n_threads, n_tok, x, packs, y, y_cols, how
     size = rows_per_task(n_rows, n, n_threads, n_tok)
     start = task * size
     end = min(start + size, n_rows)
+    n_ahead, step = ROWS, ROWS
+    if n_tok == 1:  # of short rows more are taken, and asked for in time
+        n_ahead = (FIRST + ROWS * row_bytes - 1) // (ROWS * row_bytes) * ROWS
+        step = min(n_ahead, _AT_ONCE)
     for group in range(0, n_tok, GROUP):
         n_group = min(GROUP, n_tok - group)
-        for first in range(start, end, ROWS):
-            count = min(ROWS, end - first)
-            ahead = next_w
-            if first + ROWS < end:
-                ahead = arg(matrix, MATRIX.data) + (first + ROWS) * row_bytes
+        for first in range(start, end, step):
+            count = min(step, end - first)
+            later = first + n_ahead
+            ahead = next_w + (later - end) * row_bytes
+            if later < end:
+                ahead = arg(matrix, MATRIX.data) + later * row_bytes
             if n_tok == 1:
                 out = row_dots(matrix, first, 0, count, (ahead, np.int64(0)), x, packs, scratch)
             else:
@@ -261,17 +266,16 @@ def matmul_task(matrix, task, next_w, n_threads, n_tok, x, packs, y, y_cols, how
                 )
             for t in range(n_group):
                 at, source = y + 4 * ((group + t) * y_cols + first), out + 64 * t
-                if count == ROWS:
-                    values = load_f32x16(source)
+                for i in range(0, count - 15, 16):
+                    values = load_f32x16(source + 4 * i)
                     if how == ADD:
-                        values = add(values, load_f32x16(at))
-                    store_f32x16(at, values)
-                else:
-                    for i in range(count):
-                        value = load_f32(source + 4 * i)
-                        if how == ADD:
-                            value += load_f32(at + 4 * i)
-                        store_f32(at + 4 * i, value)
+                        values = add(values, load_f32x16(at + 4 * i))
+                    store_f32x16(at + 4 * i, values)
+                for i in range(count // 16 * 16, count):
+                    value = load_f32(source + 4 * i)
+                    if how == ADD:
+                        value += load_f32(at + 4 * i)
+                    store_f32(at + 4 * i, value)
 
 
 @function
