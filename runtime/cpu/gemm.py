@@ -258,12 +258,10 @@ def _multiply_few(type_, rows, n, panel, tokens, following, out):
             at, scale = panel + 1024 * (i % 4), panel + 4096 + 256 * (i % 4)
             totals = _add_64(totals, tokens, at, scale, x + 2 * BLOCK * i)
     else:
-        quads, scale = _block_of_32(type_, rows, 0)
         for i in range(n // 32):
             row, done = _fetch(following, row, done, n // 32)
-            these, factors = quads, scale
-            quads, scale = _block_of_32(type_, rows, min(i + 1, n // 32 - 1))
-            totals = _add_32(totals, tokens, these, type_ == Q8_0, factors, x + BLOCK * i)
+            quads, scale = _block_of_32(type_, rows, i)
+            totals = _add_32(totals, tokens, quads, type_ == Q8_0, scale, x + BLOCK * i)
     store_totals(totals, out)
 
 
