@@ -28,12 +28,12 @@ def narrow(n, source, target):
 
 
 @numba.njit
-def dots(nibbles, w, x, bias, zero, target):
+def dots(nibbles, high, w, x, bias, zero, target):
     """target [3, 16]: dot_nibbles of low and high nibbles, dot_bytes."""
     v, xs = simd.load_i8x64(nibbles), simd.load_i8x64(x)
     start = simd.load_i32x16(zero)
     simd.store_i32x16(target, simd.dot_nibbles(start, simd.low_nibbles(v), xs))
-    simd.store_i32x16(target + 64, simd.dot_nibbles(start, simd.high_nibbles(v), xs))
+    simd.store_i32x16(target + 64, simd.dot_nibbles(start, simd.load_i8x64(high), xs))
     simd.store_i32x16(target + 128, simd.dot_bytes(simd.load_i32x16(bias), simd.load_i8x64(w), xs))
 
 
@@ -80,8 +80,9 @@ def check_dots():
             sums = x.astype(np.int32).reshape(16, 4).sum(axis=1).astype(np.int32)
             bias, out = -isa.Q8_BIAS * sums, np.empty((3, 16), np.int32)
             zero = np.zeros(16, np.int32)
-            dots(*map(address, (nibbles, w, x, bias, zero, out)))
-            for row, weights in zip(out, (nibbles & 15, nibbles >> 4, w), strict=True):
+            high = nibbles >> 4
+            dots(*map(address, (nibbles, high, w, x, bias, zero, out)))
+            for row, weights in zip(out, (nibbles & 15, high, w), strict=True):
                 products = weights.astype(np.int64) * x
                 assert row.tolist() == products.reshape(16, 4).sum(axis=1).tolist()
 

@@ -153,7 +153,7 @@ class Bench:
         engine: Engine, sequence: TextSequence, ids: Sequence[int], counts: np.ndarray
     ) -> None:
         """Feed tokens to a text by chunks, asking for the last one's logits."""
-        chunk = engine.options.chunk
+        chunk = engine.chunk
         for at in range(0, len(ids), chunk):
             part = ids[at : at + chunk]
             engine.feed([(sequence, part)], [len(part) - 1] * (at + chunk >= len(ids)), counts)

@@ -23,13 +23,8 @@ from ..formats import BLOCK_SIZES, COMPUTE_TYPES, GGMLType
 from ..formats import row_bytes as bytes_of
 from .isa import Q8_BIAS
 from .jit import Kernel, inline
-from .quants import (
-    load_4_rows,
-    load_q4_0_scales,
-    load_q8_0_scales,
-    splat_4_bytes,
-)
-from .rows import Q4_0, Q8_0, ask, fetch_far, load1, load16, row_at, row_number, to_fetch
+from .quants import load_4_rows, load_q4_0_scales, load_q8_0_scales, splat_4_bytes
+from .rows import Q4_0, Q8_0, ask, fetch_far, load1, load16, row_at, row_number
 from .simd import (
     add_i32,
     copy_u16,
@@ -215,7 +210,10 @@ def _axpys_float(type_, size, w, row_bytes, n, rows, count, next_w, next_rows, v
         a = load_f32(values + 4 * i)
         b = load_f32(values + 4 * j) if j > i else np.float32(0)
         v, u = row_at(w, row_bytes, rows, i, count), row_at(w, row_bytes, rows, j, count)
-        far_v, far_u, near_v, near_u = to_fetch(w, row_bytes, rows, i, j, count, next_w, next_rows)
+        far_v = row_at(next_w, row_bytes, next_rows, i, count)
+        far_u = row_at(next_w, row_bytes, next_rows, j, count)
+        near_v = row_at(w, row_bytes, rows, j + 1, count)
+        near_u = row_at(w, row_bytes, rows, j + 2, count)
         _axpy2_float(type_, size, v, u, n, a, b, y, far_v, far_u, near_v, near_u, rows != 0)
 
 

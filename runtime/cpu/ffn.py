@@ -174,17 +174,16 @@ def _neurons(args, rows, first, n_rows, scratch):
     h, packed, kind = arg(args, FFN.h), arg(args, FFN.packs), arg(args, FFN.activation)
     act, fired, threshold = arg(args, FFN.act), arg(args, FFN.fired), arg(args, FFN.threshold)
     is_dense, up_data = arg(args, FFN.is_dense) != 0, arg(up, MATRIX.data)
-    data, row_bytes = arg(decider, MATRIX.data), arg(decider, MATRIX.row_bytes)
+    row_bytes = arg(decider, MATRIX.row_bytes)
     is_alike = arg(up, MATRIX.row_bytes) == row_bytes
     listed, n_listed = scratch + LIST, 0
     if rows != 0:
+        data = arg(decider, MATRIX.data)
         fetch_rows(data, row_bytes, rows, min(n_rows, ROWS), row_bytes)
     for i in range(0, n_rows, ROWS):
         count = min(ROWS, n_rows - i)
         start, these = rows_from(first, rows, i)
         ahead = rows_ahead(decider, start, these)
-        if rows != 0:
-            ahead = (data, these + 4 * ROWS)
         if is_alike and i + ROWS >= n_rows:
             ahead = (up_data, listed)
         _decide(

@@ -250,6 +250,7 @@ def _multiply_few(type_, rows, n, panel, tokens, following, out):
     literally(type_)
     totals, x, row, done = no_totals(tokens), planes(n)[5], 0, 0
     if type_ == Q6_K:
+        # In one loop: of two the kernel over 2 tokens came out 1.7 times as slow.
         for i in range(n // 64):
             if i % 4 == 0:
                 row, done = _fetch(following, row, done, 5 * n // 256)

@@ -33,6 +33,8 @@ half, float_ = ir.HalfType(), ir.FloatType()
 F32x16 = Vector(float_, 16)
 I32x16 = Vector(i32, 16)
 I8x64 = Vector(i8, 64)
+UniTuple: Any = types.UniTuple  # type: ignore[attr-defined]  # numba has no type hints
+Four = UniTuple(I32x16, 4)
 intp, int32, int64, float32, void = types.intp, types.int32, types.int64, types.float32, types.void
 
 
@@ -95,6 +97,19 @@ def op(result: Any, *params: Any) -> Callable[[Callable[..., Any]], Any]:
         return intrinsic(made)
 
     return decorate
+
+
+def unpack(b: Any, array: Any) -> list[Any]:
+    """Return the values of a tuple of one type."""
+    return [b.extract_value(array, i) for i in range(array.type.count)]
+
+
+def pack(b: Any, values: list[Any]) -> Any:
+    """Make a tuple of values of one type."""
+    array = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        array = b.insert_value(array, value, i)
+    return array
 
 
 def constant(vector: ir.VectorType, value: Any) -> ir.Constant:

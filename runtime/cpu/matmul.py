@@ -11,7 +11,7 @@ from .block import MATRIX
 from .gemm import panel_bytes, panel_size
 from .jit import arg, function, inline
 from .pool import finish, take, wait
-from .rows import SCRATCH, SLACK, fetch_far, lead, pack_stride, row_number
+from .rows import SCRATCH, SLACK, fetch_far, pack_stride, row_number
 from .simd import (
     add,
     call_dots,
@@ -86,11 +86,11 @@ def rows_from(first, rows, i):
 
 @inline
 def rows_ahead(matrix, first, rows):
-    """Return (next_w, next_rows) of rows.DOTS: a little further in a list, or the next ROWS."""
-    data, size = arg(matrix, MATRIX.data), arg(matrix, MATRIX.row_bytes)
+    """Return (next_w, next_rows) of rows.DOTS: the next ROWS, of a list or in order."""
+    data = arg(matrix, MATRIX.data)
     if rows != 0:
-        return data, rows + 4 * lead(size)
-    return data + (first + ROWS) * size, np.int64(0)
+        return data, rows + 4 * ROWS
+    return data + (first + ROWS) * arg(matrix, MATRIX.row_bytes), np.int64(0)
 
 
 @function

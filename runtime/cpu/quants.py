@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types as _types
 
 from .isa import HAS_VNNI, Q8_BIAS
 from .llvm import (
     F32x16,
+    Four,
     I8x64,
     I32x16,
     call,
@@ -25,13 +25,13 @@ from .llvm import (
     load,
     offset,
     op,
+    pack,
     shuffle,
     splat_to,
+    unpack,
     void,
 )
 from .simd import dot_signed, dot_unsigned, halves_to_float, join, words_to_bits
-
-types: Any = _types  # numba has no type hints
 
 
 def _gather_blocks(b: Any, address: Any, n: int, stride: int, size: int) -> Any:
@@ -76,8 +76,6 @@ def load_q8_0_scales(b, address):
 # in integers to one number for each block, those of 4 rows side by side, [4 blocks][4 rows], and
 # scaled then: 16 blocks at once.
 
-FOUR = types.UniTuple(I32x16, 4)
-
 
 def _q4_0_parts(b: Any, row: Any, bias: Any, q: Any) -> Any:
     """Sums of a group of Q4_0 in parts: [4 blocks][4]. 72 bytes at `row`; q, bias: see rows.py."""
@@ -110,13 +108,10 @@ def _q8_0_parts(b: Any, row: Any, bias: Any, q: Any) -> Any:
 
 
 def _dots_of(parts: Callable[..., Any]) -> Callable[..., Any]:
-    @op(FOUR, intp, intp, intp, intp, intp, intp)
+    @op(Four, intp, intp, intp, intp, intp, intp)
     def dots(b, r, s, t, u, bias, q):
         """Return the sums of a group of each of four rows, in parts."""
-        array = ir.Constant(ir.ArrayType(I32x16.llvm, 4), ir.Undefined)
-        for i, row in enumerate((r, s, t, u)):
-            array = b.insert_value(array, parts(b, row, bias, q), i)
-        return array
+        return pack(b, [parts(b, row, bias, q) for row in (r, s, t, u)])
 
     return dots
 
@@ -158,10 +153,10 @@ def _scales_of(stride: int) -> Callable[..., Any]:
 scales_q4_0, scales_q8_0 = _scales_of(18), _scales_of(34)
 
 
-@op(F32x16, F32x16, FOUR, F32x16)
+@op(F32x16, F32x16, Four, F32x16)
 def add_sums(b, total, parts, scales):
     """total [4 blocks][4 rows] += the parts' sums * scales."""
-    vectors = [b.extract_value(parts, i) for i in range(4)]
+    vectors = unpack(b, parts)
     for low, high in (([0, 16, 1, 17], [2, 18, 3, 19]), ([0, 1, 16, 17], [2, 3, 18, 19])):
         # Two vectors become one: half as many numbers of each, side by side.
         low, high = ([lane + 4 * k for k in range(4) for lane in some] for some in (low, high))

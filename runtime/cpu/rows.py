@@ -161,7 +161,12 @@ def pack(x, n, out, ones):
 
 @inline
 def ask(far, near, is_listed, n_lines):
-    """Ask for lines of what comes later, and of a list for those that come next; see to_fetch."""
+    """Ask for lines of what comes later, at `far`, and of a list for those of what comes next.
+
+    The far ones go into the second cache, which waits for more lines at a time than the first; a
+    piece of them with every piece that is read, since what does not fit into its queue holds up
+    all that is read meanwhile. Of a list the near ones go on into the first.
+    """
     for line in range(0, 64 * n_lines, 64):
         prefetch_far(far + line)
     if is_listed:
@@ -171,7 +176,7 @@ def ask(far, near, is_listed, n_lines):
 
 @inline
 def _four_groups(type_, r, s, t, u, x, bias, q):
-    """Return (parts, scales) of a group of each of four rows, see simd.py."""
+    """Return (parts, scales) of a group of each of four rows, see quants.py."""
     if type_ == Q4_0:
         return dots_q4_0(r, s, t, u, bias, q), scales_q4_0(r, s, t, u, x)
     return dots_q8_0(r, s, t, u, bias, q), scales_q8_0(r, s, t, u, x)
@@ -424,20 +429,6 @@ def rows_at(w, row_bytes, rows, i, count):
     )
 
 
-@inline
-def to_fetch(w, row_bytes, rows, i, j, count, next_w, next_rows):
-    """Return what is fetched while rows i and j (or i alone) are read: far, far, near, near.
-
-    The far ones go into the second cache, which waits for more lines at a time than the first; a
-    piece of them with every piece that is read, since what does not fit into its queue holds up
-    all that is read meanwhile. Of a list the near ones, which come next, go on into the first.
-    """
-    far_v = next_w + row_number(next_rows, i) * row_bytes
-    far_w = next_w + row_number(next_rows, j) * row_bytes
-    near_v = row_at(w, row_bytes, rows, j + 1, count)
-    return far_v, far_w, near_v, row_at(w, row_bytes, rows, j + 2, count)
-
-
 def _make_dots(type_):
     size, in_fours = bytes_of(GGMLType(type_), 256) // 8, type_ in (Q4_0, Q8_0)  # of 32 weights
 
@@ -452,7 +443,8 @@ def _make_dots(type_):
                 _dot4_blocks(type_, four, n, packed, scratch, far, near, is_listed, to)
                 continue
             row = row_at(w, row_bytes, rows, i, count)
-            far, _, near, _ = to_fetch(w, row_bytes, rows, i, i, count, next_w, next_rows)
+            far = row_at(next_w, row_bytes, next_rows, i, count)
+            near = row_at(w, row_bytes, rows, i + 1, count)
             if type_ == Q6_K:
                 store_f32(out + 4 * i, _dot_q6_k(row, n, packed, far, near, is_listed))
             else:

@@ -471,11 +471,6 @@ def low_nibbles(b, x):
     return b.and_(x, constant(I8x64.llvm, 15))
 
 
-@op(I8x64, I8x64)
-def high_nibbles(b, x):
-    return b.lshr(x, constant(I8x64.llvm, 4))
-
-
 def _halves(b: Any, x: Any) -> tuple[Any, Any]:
     n = x.type.count // 2
     return shuffle(b, x, x, list(range(n))), shuffle(b, x, x, list(range(n, 2 * n)))

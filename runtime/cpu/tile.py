@@ -9,14 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types as _types
 from numba.extending import intrinsic
 
 from .isa import HAS_VNNI
 from .llvm import (
     F32x16,
+    Four,
     I8x64,
     I32x16,
+    UniTuple,
     call,
     constant,
     float_,
@@ -27,38 +28,26 @@ from .llvm import (
     load,
     offset,
     op,
+    pack,
     shuffle,
     splat_to,
+    unpack,
     void,
 )
 from .simd import dot_signed, dot_unsigned, halves_to_float, words_to_bits
 
-types: Any = _types  # numba has no type hints
-
 # As many tokens as the vector registers hold sums for.
 TILE = 8 if HAS_VNNI else 4
 
-Rows = types.UniTuple(intp, 16)
-Four = types.UniTuple(I32x16, 4)
-Eight = types.UniTuple(I32x16, 8)
-
-
-def _unpack(b: Any, array: Any) -> list[Any]:
-    return [b.extract_value(array, i) for i in range(array.type.count)]
-
-
-def _pack(b: Any, values: list[Any]) -> Any:
-    array = ir.Constant(ir.ArrayType(values[0].type, len(values)), ir.Undefined)
-    for i, value in enumerate(values):
-        array = b.insert_value(array, value, i)
-    return array
+Rows = UniTuple(intp, 16)
+Eight = UniTuple(I32x16, 8)
 
 
 # -- panels: from rows to lanes ---------------------------------------------------------------
 
 
 def _addresses(n: int) -> Callable[..., Any]:
-    @op(types.UniTuple(intp, n), intp, intp, intp, intp)
+    @op(UniTuple(intp, n), intp, intp, intp, intp)
     def addresses(b, start, stride, numbers, last):
         """Return start + stride * number, of the int32 listed, or of 0, 1, ... if that is 0.
 
@@ -76,7 +65,7 @@ def _addresses(n: int) -> Callable[..., Any]:
             at = b.add(numbers, b.shl(index, ir.Constant(index.type, 2)))
             number = b.sext(load(b, b.select(listed, at, none), i32), numbers.type)
             out.append(b.add(start, b.mul(b.select(listed, number, index), stride)))
-        return _pack(b, out)
+        return pack(b, out)
 
     return addresses
 
@@ -88,7 +77,7 @@ four_addresses, two_addresses = _addresses(4), _addresses(2)
 @op(Four, Rows, intp)
 def load_4x16(b, rows, at):
     """Load 16 bytes at `at` of each row; return the first 4 bytes of every row, the second, ..."""
-    addresses = _unpack(b, rows)
+    addresses = unpack(b, rows)
     quarter = ir.VectorType(i32, 4)
     vectors = []
     for first in range(4):  # rows first, first + 4, ... side by side
@@ -111,15 +100,15 @@ def load_4x16(b, rows, at):
             )
             for x, y, s in pairs
         ]
-    return _pack(b, vectors)
+    return pack(b, vectors)
 
 
 @op(Eight, Four)
 def split_nibbles(b, quads):
     """Return the low nibbles of the bytes of four vectors, then the high ones."""
-    quads, mask = _unpack(b, quads), constant(I32x16.llvm, 0x0F0F0F0F)
+    quads, mask = unpack(b, quads), constant(I32x16.llvm, 0x0F0F0F0F)
     low = [b.and_(x, mask) for x in quads]
-    return _pack(b, low + [b.and_(b.lshr(x, constant(x.type, 4)), mask) for x in quads])
+    return pack(b, low + [b.and_(b.lshr(x, constant(x.type, 4)), mask) for x in quads])
 
 
 def _six_bits(left: int, right: int) -> Callable[..., Any]:
@@ -128,12 +117,12 @@ def _six_bits(left: int, right: int) -> Callable[..., Any]:
         """Split nibbles, and put above each the pair of bits that belongs to it."""
         low_mask, high_mask = (constant(I32x16.llvm, m) for m in (0x0F0F0F0F, 0x30303030))
         low, high = [], []
-        for x, two in zip(_unpack(b, nibbles), _unpack(b, pairs), strict=True):
+        for x, two in zip(unpack(b, nibbles), unpack(b, pairs), strict=True):
             above = b.and_(b.shl(two, constant(two.type, left)), high_mask)
             low.append(b.or_(b.and_(x, low_mask), above))
             above = b.and_(b.lshr(two, constant(two.type, right)), high_mask)
             high.append(b.or_(b.and_(b.lshr(x, constant(x.type, 4)), low_mask), above))
-        return _pack(b, low + high)
+        return pack(b, low + high)
 
     return join
 
@@ -147,7 +136,7 @@ def _quads(result: Any) -> Callable[..., Any]:
     def load_quads(b, at):
         """Load neighbouring vectors."""
         at = [offset(b, at, 64 * i) for i in range(result.count)]
-        return _pack(b, [load(b, address, I32x16.llvm) for address in at])
+        return pack(b, [load(b, address, I32x16.llvm) for address in at])
 
     return load_quads
 
@@ -158,7 +147,7 @@ load_4_quads, load_8_quads = _quads(Four), _quads(Eight)
 @op(F32x16, Rows, intp)
 def load_halves(b, rows, at):
     """Load the half-precision number at `at` of each row, as float32."""
-    return halves_to_float(b, words_to_bits(b, [b.add(row, at) for row in _unpack(b, rows)]))
+    return halves_to_float(b, words_to_bits(b, [b.add(row, at) for row in unpack(b, rows)]))
 
 
 @op(void, intp)
@@ -189,11 +178,11 @@ def _tile_op(result: Any) -> Callable[[Callable[..., Any]], Any]:
     def decorate(build: Callable[..., Any]) -> Any:
         def codegen(_context: Any, b: Any, signature: Any, args: Any) -> Any:
             lists = [
-                _unpack(b, arg) if isinstance(type_, types.UniTuple) else arg
+                unpack(b, arg) if isinstance(type_, UniTuple) else arg
                 for arg, type_ in zip(args, signature.args, strict=True)
             ]
             value = build(b, *lists)
-            return _context.get_dummy_value() if value is None else _pack(b, value)
+            return _context.get_dummy_value() if value is None else pack(b, value)
 
         made: Callable[..., Any]
         match build.__code__.co_argcount - 1:
@@ -226,7 +215,7 @@ def _tile_op(result: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def _totals(n: int) -> Any:
-    return types.UniTuple(F32x16, n)
+    return UniTuple(F32x16, n)
 
 
 @_tile_op(_totals)
