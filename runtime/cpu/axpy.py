@@ -188,12 +188,12 @@ def _axpys_blocks(type_, block_bytes, w, row_bytes, n, rows, count, next_w, next
 
 
 @inline
-def _axpy2_float(type_, size, v, w, n, a, b, y, far_v, far_w, near_v, near_w, is_listed):
+def _axpy2_float(type_, size, v, w, n, a, b, y, far_v, far_w, near_v, near_w):
     """y += a * row v + b * row w; `size`: the bytes of 16 weights."""
     scale_v, scale_w, at = splat(a), splat(b), 0
     for i in range(0, n - 15, 16):
-        ask(far_v + at, near_v + at, is_listed, 1)
-        ask(far_w + at, near_w + at, is_listed, 1)
+        ask(far_v + at, far_v + at, near_v + at, 1)
+        ask(far_w + at, far_w + at, near_w + at, 1)
         total = fma(load16(type_, v, i), scale_v, load_f32x16(y + 4 * i))
         store_f32x16(y + 4 * i, fma(load16(type_, w, i), scale_w, total))
         at += size
@@ -214,7 +214,7 @@ def _axpys_float(type_, size, w, row_bytes, n, rows, count, next_w, next_rows, v
         far_u = row_at(next_w, row_bytes, next_rows, j, count)
         near_v = row_at(w, row_bytes, rows, j + 1, count)
         near_u = row_at(w, row_bytes, rows, j + 2, count)
-        _axpy2_float(type_, size, v, u, n, a, b, y, far_v, far_u, near_v, near_u, rows != 0)
+        _axpy2_float(type_, size, v, u, n, a, b, y, far_v, far_u, near_v, near_u)
 
 
 def _make_axpys(type_):

@@ -89,6 +89,7 @@ Q4_1, Q5_0, Q5_1 = int(GGMLType.Q4_1), int(GGMLType.Q5_0), int(GGMLType.Q5_1)
 Q4_K, Q5_K, Q6_K = int(GGMLType.Q4_K), int(GGMLType.Q5_K), int(GGMLType.Q6_K)
 
 BLOCK = 48  # bytes of one of a pack's blocks
+NEAR = 4096  # bytes between a read and its last prefetch, likewise
 SLACK = 32  # numbers that may be read behind a list of rows
 AHEAD = 8192  # bytes between a read and its prefetch; by whole rows, so that lists of rows work
 SCRATCH = 576  # bytes of a thread's scratch that `dots` uses for the ends of four rows
@@ -160,18 +161,18 @@ def pack(x, n, out, ones):
 
 
 @inline
-def ask(far, near, is_listed, n_lines):
-    """Ask for lines of what comes later, at `far`, and of a list for those of what comes next.
+def ask(far, mid, near, n_lines):
+    """Ask for lines of what comes later, of what comes sooner and of what comes next.
 
-    The far ones go into the second cache, which waits for more lines at a time than the first; a
-    piece of them with every piece that is read, since what does not fit into its queue holds up
-    all that is read meanwhile. Of a list the near ones go on into the first.
+    Every line is asked for three times on its way: what is asked for while a core waits for as many
+    lines as it can is dropped, without a sign. Into the second cache, which waits for more lines
+    than the first, at last into that. A piece with every piece that is read, since too many at once
+    hold up what is read meanwhile.
     """
     for line in range(0, 64 * n_lines, 64):
         prefetch_far(far + line)
-    if is_listed:
-        for line in range(0, 64 * n_lines, 64):
-            prefetch(near + line)
+        prefetch_far(mid + line)
+        prefetch(near + line)
 
 
 @inline
@@ -183,7 +184,7 @@ def _four_groups(type_, r, s, t, u, x, bias, q):
 
 
 @inline
-def _dot4_blocks(type_, rows, n, x, scratch, far, near, is_listed, out):
+def _dot4_blocks(type_, rows, n, x, scratch, far, mid, near, out):
     """out [4] = the dot products of four rows of Q4_0 or Q8_0; call it with a constant type.
 
     Q4_0: sum over blocks of d * s * (sum of q4 * q8 - 8 * sum of q8), n / 32 * 18 bytes read a row;
@@ -201,19 +202,19 @@ def _dot4_blocks(type_, rows, n, x, scratch, far, near, is_listed, out):
     total, parts, scales = splat(np.float32(0)), (none, none, none, none), splat(np.float32(0))
     n_lines, at_a_time = (4 * size + 63) // 64, (n_groups + 3) // 4
     for k in range(4):
-        at, close = far[k], near[k]
+        later, sooner, close = far[k], mid[k], near[k]
         for _ in range(at_a_time * k, min(at_a_time * (k + 1), n_groups)):
-            ask(at, close, is_listed, n_lines)
+            ask(later, sooner, close, n_lines)
             # One group is summed up while the next is multiplied.
             before, factors = parts, scales
             parts, scales = _four_groups(type_, r, s, t, u, x, bias, q)
             total = add_sums(total, before, factors)
             r, s, t, u = r + size, s + size, t + size, u + size
-            at, close = at + 4 * size, close + 4 * size
+            later, sooner, close = later + 4 * size, sooner + 4 * size, close + 4 * size
             x, bias, q = x + 16, bias + bias_bytes, q + 128
     total = add_sums(total, parts, scales)
     if rest:
-        ask(at, close, is_listed, n_lines)
+        ask(later, sooner, close, n_lines)
         nbytes = size // 4 * rest
         r, s = _padded(r, nbytes, size, scratch), _padded(s, nbytes, size, scratch + size)
         t = _padded(t, nbytes, size, scratch + 2 * size)
@@ -239,7 +240,7 @@ def _q6_k_group(weights, scales, bias, q, total):
 
 
 @inline
-def _dot_q6_k(w, n, x, far, near, is_listed):
+def _dot_q6_k(w, n, x, far, mid, near):
     """Sum of d * scale * s * (sum of q6 * q8 - 32 * sum of q8); reads n / 256 * 210 bytes.
 
     A block of 256: 128 bytes of low nibbles, 64 of high pairs, 16 scales, d.
@@ -248,7 +249,7 @@ def _dot_q6_k(w, n, x, far, near, is_listed):
     q, bias = x + q, x + bias
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     for _ in range(n // 256):
-        ask(far, near, is_listed, 4)  # a line that nobody asks for stops those behind it
+        ask(far, mid, near, 4)  # a line that nobody asks for stops those behind it
         scales = q6_k_scales(w + 192, load_f16(w + 208), x)
         low, high, scale = load_i8x64(w), w + 128, spread_first(scales)
         even = _q6_k_group(q6_k_first(low, high), scale, bias, q, even)
@@ -258,7 +259,7 @@ def _dot_q6_k(w, n, x, far, near, is_listed):
         odd = _q6_k_group(q6_k_first(low, high), scale, bias + 128, q + 128, odd)
         scale = spread_fourth(scales)
         odd = _q6_k_group(q6_k_second(low, high), scale, bias + 192, q + 192, odd)
-        w, far, near = w + 210, far + 210, near + 210
+        w, far, mid, near = w + 210, far + 210, mid + 210, near + 210
         x, bias, q = x + 32, bias + 256, q + 256
     return sum16(add(even, odd))
 
@@ -337,15 +338,15 @@ def load1(type_, w, i):
 
 
 @inline
-def _dot_float(type_, size, w, n, x, far, near, is_listed):
+def _dot_float(type_, size, w, n, x, far, mid, near):
     """Sum of w * x with weights widened to float32; call it with a constant type.
 
     `size`: the bytes of 32 weights.
     """
     even, odd = splat(np.float32(0)), splat(np.float32(0))
     for i in range(0, n - 31, 32):
-        ask(far, near, is_listed, (size + 63) // 64)
-        far, near = far + size, near + size
+        ask(far, mid, near, (size + 63) // 64)
+        far, mid, near = far + size, mid + size, near + size
         even = fma(load16(type_, w, i), load_f32x16(x + 4 * i), even)
         odd = fma(load16(type_, w, i + 16), load_f32x16(x + 4 * i + 64), odd)
     total = sum16(add(even, odd))
@@ -394,6 +395,13 @@ def lead(row_bytes):
 
 
 @inline
+def near_rows(row_bytes, step):
+    """Return how many rows, whole steps, lie between what is read and what is `near`, see ask."""
+    rows = (NEAR + step * row_bytes - 1) // (step * row_bytes) * step
+    return min(rows, SLACK // 2 - step)
+
+
+@inline
 def fetch_far(row, nbytes):
     """Ask for a whole row of a list that comes later, or for the columns of it that are wanted.
 
@@ -429,26 +437,31 @@ def rows_at(w, row_bytes, rows, i, count):
     )
 
 
+@inline
+def rows_then(w, row_bytes, rows, i, count, next_w, next_rows):
+    """Return the same, counted on into the next rows behind the last."""
+    if i < count:
+        return rows_at(w, row_bytes, rows, i, count)
+    return rows_at(next_w, row_bytes, next_rows, i - count, i)
+
+
 def _make_dots(type_):
     size, in_fours = bytes_of(GGMLType(type_), 256) // 8, type_ in (Q4_0, Q8_0)  # of 32 weights
 
     def dots(w, row_bytes, n, rows, count, next_w, next_rows, x, packed, scratch, out):
-        is_listed = rows != 0
-        for i in range(0, count, 4 if in_fours else 1):
+        step = 4 if in_fours else 1
+        close = near_rows(row_bytes, step)
+        for i in range(0, count, step):
+            these, to = rows_at(w, row_bytes, rows, i, count), out + 4 * i
+            far = rows_at(next_w, row_bytes, next_rows, i, count)
+            mid = rows_then(w, row_bytes, rows, i + 2 * close, count, next_w, next_rows)
+            near = rows_then(w, row_bytes, rows, i + close, count, next_w, next_rows)
             if in_fours:
-                four = rows_at(w, row_bytes, rows, i, count)
-                far = rows_at(next_w, row_bytes, next_rows, i, count)
-                near = rows_at(w, row_bytes, rows, i + 4, count)
-                to = out + 4 * i
-                _dot4_blocks(type_, four, n, packed, scratch, far, near, is_listed, to)
-                continue
-            row = row_at(w, row_bytes, rows, i, count)
-            far = row_at(next_w, row_bytes, next_rows, i, count)
-            near = row_at(w, row_bytes, rows, i + 1, count)
-            if type_ == Q6_K:
-                store_f32(out + 4 * i, _dot_q6_k(row, n, packed, far, near, is_listed))
+                _dot4_blocks(type_, these, n, packed, scratch, far, mid, near, to)
+            elif type_ == Q6_K:
+                store_f32(to, _dot_q6_k(these[0], n, packed, far[0], mid[0], near[0]))
             else:
-                store_f32(out + 4 * i, _dot_float(type_, size, row, n, x, far, near, is_listed))
+                store_f32(to, _dot_float(type_, size, these[0], n, x, far[0], mid[0], near[0]))
 
     return Kernel(dots, 11, f"dots_{GGMLType(type_).name}")
 
