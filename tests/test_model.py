@@ -103,7 +103,8 @@ def test_predicted_mode_leaves_neurons_out(tiny_gguf):
     path, ids = tiny_gguf("mha", "f32", True), tiny.token_ids()
     predicted, exact = logits(path, ids), logits(path, ids, exact=True)
     assert relative(predicted, exact) > 0.01
-    assert np.array_equal(logits(path, ids, sparse_threshold=-1e30), exact)
+    # All rows at once, and each token's own, are summed in different orders.
+    assert relative(logits(path, ids, sparse_threshold=-1e30), exact) < 1e-5
 
 
 def test_padded_predictor_rank_changes_no_score(tiny_gguf):

@@ -196,16 +196,16 @@ def test_masks_of_none_and_all(type_, tiny_gguf):
             if (fill, mode) == (0, "predicted"):
                 assert np.array_equal(pair.ours.buffers.x[:n_tok], x[:n_tok])
             pair.close()
-    for n_tok in (1, 3):
-        assert np.array_equal(results[1, "predicted", n_tok], results[0, "exact", n_tok])
-    # One token and several are summed in different orders.
+    assert np.array_equal(results[1, "predicted", 1], results[0, "exact", 1])
+    # A token's own rows, and all rows with several tokens, are summed in different orders.
+    check(results[1, "predicted", 3], results[0, "exact", 3], False)
     check(results[0, "exact", 1], results[0, "exact", 3][:1], False)
 
 
 @pytest.mark.parametrize("mode", ["predicted", "exact", "dense"])
 @pytest.mark.parametrize("type_", TYPES)
 def test_a_token_depends_on_no_other(type_, mode, tiny_gguf):
-    """To the bit the same among 2 tokens or 70, listed rows or all, in every kind of tile."""
+    """To the bit the same among 2 tokens or 70, in lists of any length and every kind of tile."""
     plan_ops = Pair(tiny_gguf("gqa", type_, True), mode, 70, context=128)
     plan, ops = plan_ops.ours, plan_ops.ops
     rng = np.random.default_rng(4)

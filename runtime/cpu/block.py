@@ -27,9 +27,9 @@ Block = np.ndarray[tuple[int], np.dtype[np.int64]]
 MATRIX: Any = namedtuple(
     "Matrix", "data dots few unpack multiply axpys widen rows cols row_bytes bias"
 )(*range(11))
-# What is done with a matrix: its rows times activations, or their sum.
-PRODUCTS, SUMS = (DOTS, FEWS, UNPACKS, MULTIPLIES), (AXPYS, WIDENS)
-_TABLES = (*PRODUCTS, *SUMS)
+# What is done with a matrix: its rows times activations, their sum, or each by itself.
+PRODUCTS, SUMS, SINGLES = (DOTS, FEWS, UNPACKS, MULTIPLIES), (AXPYS,), (WIDENS,)
+_TABLES = (*PRODUCTS, *SUMS, *SINGLES)
 # Words of a norm: its kind, and the addresses of float32 weight, bias (0: none) and epsilon.
 NORM: Any = namedtuple("Norm", "kind weight bias eps")(*range(4))
 _KINDS = {"MATRIX": len(MATRIX), "NORM": len(NORM)}

@@ -86,8 +86,8 @@ ACTIVATIONS = {
 
 FFN = layout(
     "counts h packs ones mask has_mask is_dense act rows n_rows fired active n_active values "
-    "activation threshold x down_bias lanes arrived totals act_packs wanted place scratch "
-    "scratch_bytes n_threads is_transposed is_part exchange width decider:MATRIX up:MATRIX "
+    "activation threshold x down_bias lanes arrived totals act_packs wanted scratch "
+    "scratch_bytes n_threads is_transposed is_part exchange decider:MATRIX up:MATRIX "
     "down:MATRIX"
 )
 
@@ -128,19 +128,22 @@ def activate16(kind, x, threshold):
 
 
 @function
-def list_rows(flags, n, rows):
-    """List the numbers of the bytes `flags` [n] that are set; return how many."""
-    count = 0
-    for row in range(0, n - 15, 16):
+def list_rows(flags, first, end, rows):
+    """List the rows from `first` to `end` - 1 whose bytes `flags` are set; return how many.
+
+    Room for 16 more is needed.
+    """
+    count, last = 0, first + (end - first) // 16 * 16
+    for row in range(first, last, 16):
         count += append_numbers(rows + 4 * count, flags + row, np.int32(row))
-    for row in range(n // 16 * 16, n):
+    for row in range(last, end):
         store_i32(rows + 4 * count, np.int32(row))
         count += np.int64(load_u8(flags + row) != 0)
     return count
 
 
 @function
-def _decide(decider, first, rows, count, ahead, h, packed, kind, threshold, act, fired, scratch):
+def decide(decider, first, rows, count, ahead, h, packed, kind, threshold, act, fired, scratch):
     """act = activation(rows of the decider . h), fired = whether that is not 0; both by row."""
     out = row_dots(decider, first, rows, count, ahead, h, packed, scratch)
     for i in range(count):
@@ -151,7 +154,7 @@ def _decide(decider, first, rows, count, ahead, h, packed, kind, threshold, act,
 
 
 @function
-def _multiply(up, rows, count, ahead, h, packed, kind, act, fired, scratch):
+def multiply(up, rows, count, ahead, h, packed, kind, act, fired, scratch):
     """act *= listed rows of up . h; drelu: a neuron whose up is negative has not fired."""
     out = row_dots(up, 0, rows, count, ahead, h, packed, scratch)
     for i in range(count):
@@ -186,7 +189,7 @@ def _neurons(args, rows, first, n_rows, scratch):
         ahead = rows_ahead(decider, start, these)
         if is_alike and i + ROWS >= n_rows:
             ahead = (up_data, listed)
-        _decide(
+        decide(
             decider,
             start,
             these,
@@ -209,7 +212,7 @@ def _neurons(args, rows, first, n_rows, scratch):
             some = listed + 4 * i
             count = min(ROWS, n_listed - i)
             nexts = some + 4 * ROWS if i + ROWS < n_listed else some
-            _multiply(up, some, count, (up_data, nexts), h, packed, kind, act, fired, scratch)
+            multiply(up, some, count, (up_data, nexts), h, packed, kind, act, fired, scratch)
 
 
 @function
@@ -218,7 +221,7 @@ def _list_fired(args, n_rows):
     n_ff = arg(args + 8 * FFN.decider, MATRIX.rows)
     act, fired, totals = arg(args, FFN.act), arg(args, FFN.fired), arg(args, FFN.totals)
     active, values, n = arg(args, FFN.active), arg(args, FFN.values), 0
-    n_up = list_rows(fired, n_ff, active)
+    n_up = list_rows(fired, 0, n_ff, active)
     for i in range(n_up):  # drelu: up may have silenced some
         row = row_number(active, i)
         store_i32(active + 4 * n, np.int32(row))
@@ -244,22 +247,13 @@ def _columns(n_embd, n_threads):
 
 
 @function
-def _down(args, n_active, lane, n_lanes, first, width):
-    """Columns first to first + width of a lane = its neurons' act . down_t.
-
-    Whoever is the last to do so adds the lanes up: x += their sum + down_bias.
-    """
-    down, active, values = args + 8 * FFN.down, arg(args, FFN.active), arg(args, FFN.values)
-    row_bytes, n_embd = arg(down, MATRIX.row_bytes), arg(down, MATRIX.cols)
-    lanes, bias, x = arg(args, FFN.lanes), arg(args, FFN.down_bias), arg(args, FFN.x)
+def add_listed(down, rows, values, count, first, width, y):
+    """y [width] = sum of values [count] * listed rows of down_t, its columns first to + width."""
     # Columns begin at whole blocks, so that this is exact.
+    row_bytes, n_embd = arg(down, MATRIX.row_bytes), arg(down, MATRIX.cols)
     data, nbytes = arg(down, MATRIX.data) + row_bytes * first // n_embd, row_bytes * width // n_embd
-    n_groups = (n_active + GROUP - 1) // GROUP  # whole ones: as many as are added together
-    begin = n_groups * lane // n_lanes * GROUP
-    end = min(n_groups * (lane + 1) // n_lanes * GROUP, n_active)
-    y, rows, count = lanes + 4 * n_embd * lane, active + 4 * begin, end - begin
     distance = max(lead(nbytes), GROUP)
-    fill_zero(y + 4 * first, width)
+    fill_zero(y, width)
     fetch_rows(data, row_bytes, rows, min(count, distance), nbytes)
     call_axpys(
         arg(down, MATRIX.axpys),
@@ -270,9 +264,25 @@ def _down(args, n_active, lane, n_lanes, first, width):
         count,
         data,
         rows + 4 * distance,
-        values + 4 * begin,
-        y + 4 * first,
+        values,
+        y,
     )
+
+
+@function
+def _down(args, n_active, lane, n_lanes, first, width):
+    """Columns first to first + width of a lane = its neurons' act . down_t.
+
+    Whoever is the last to do so adds the lanes up: x += their sum + down_bias.
+    """
+    down, active, values = args + 8 * FFN.down, arg(args, FFN.active), arg(args, FFN.values)
+    n_embd, lanes = arg(down, MATRIX.cols), arg(args, FFN.lanes)
+    bias, x = arg(args, FFN.down_bias), arg(args, FFN.x)
+    n_groups = (n_active + GROUP - 1) // GROUP  # whole ones: as many as are added together
+    begin = n_groups * lane // n_lanes * GROUP
+    end = min(n_groups * (lane + 1) // n_lanes * GROUP, n_active)
+    y, rows, values = lanes + 4 * n_embd * lane, active + 4 * begin, values + 4 * begin
+    add_listed(down, rows, values, end - begin, first, width, y + 4 * first)
     arrived = arg(args, FFN.arrived) + 64 * (first // MIN_COLUMNS)
     if atomic_add(arrived, 1) == n_lanes - 1:
         atomic_store(arrived, 0)
@@ -320,7 +330,7 @@ def ffn(args, control, epoch, thread):
         else:
             clear_flags(arg(args, FFN.fired), n_ff)
             if not is_part:
-                store_i32(n_rows_at, np.int32(list_rows(arg(args, FFN.mask), n_ff, rows)))
+                store_i32(n_rows_at, np.int32(list_rows(arg(args, FFN.mask), 0, n_ff, rows)))
             elif exchange != 0:
                 has_come(exchange, EXCHANGE.number)
         finish(control, 0)
@@ -419,15 +429,13 @@ def audit(args, control, epoch, thread):
         for first in range(task * size, min(task * size + size, n_ff), ROWS):
             count = min(ROWS, n_ff - first)
             ahead = rows_ahead(decider, first, 0)
-            _decide(
-                decider, first, 0, count, ahead, h, packed, kind, threshold, act, truth, scratch
-            )
+            decide(decider, first, 0, count, ahead, h, packed, kind, threshold, act, truth, scratch)
             if kind == DRELU:
                 listed, n = scratch + LIST, 0
                 for row in range(first, first + count):
                     store_i32(listed + 4 * n, np.int32(row))
                     n += np.int64(load_u8(truth + row) != 0)
                 ahead = rows_ahead(up, 0, listed)
-                _multiply(up, listed, n, ahead, h, packed, kind, act, truth, scratch)
+                multiply(up, listed, n, ahead, h, packed, kind, act, truth, scratch)
         finish(control, 0)
     wait(control, 0, epoch, n_tasks)

@@ -30,14 +30,14 @@ ROWS = 16  # rows of a matrix that are taken at a time
 MOST = 16 * ROWS  # rows in a task, of no more than GROUP tokens
 GROUP = 32  # tokens that are multiplied with some panels before the next ones are
 FIRST = 16384  # bytes of a task that are asked for before it begins, and then ahead
-_AT_ONCE = 4 * ROWS  # rows that one token is multiplied with in one call, if they are short
+AT_ONCE = 4 * ROWS  # rows that one token is multiplied with in one call, if they are short
 _TASKS = 16  # for each thread, that a matrix is cut into
 _PANELS_BYTES = 480 << 10  # of panels at once: they stay in the second cache
 
 # A thread's scratch: the end of a row, what its rows came to, a list of rows, and from WORK on
 # whatever a job needs.
-SUMS = SCRATCH  # float32 [_AT_ONCE]
-LIST = SUMS + 4 * _AT_ONCE  # int32 [LISTED]
+SUMS = SCRATCH  # float32 [AT_ONCE]
+LIST = SUMS + 4 * AT_ONCE  # int32 [LISTED]
 LISTED = MOST + SLACK
 WORK = -(-(LIST + 4 * LISTED) // 64) * 64
 
@@ -48,7 +48,7 @@ def scratch_bytes(n: int, n_tok: int) -> int:
     """Return the scratch that products with rows of n weights need for n_tok tokens."""
     if n_tok == 1:
         return WORK
-    return int(WORK + panels_of.py_func(n) * panel_bytes(n) + 68 * GROUP)
+    return int(WORK + panels_of.py_func(n) * panel_bytes(n) + 64 * GROUP)
 
 
 @inline
@@ -98,7 +98,7 @@ def row_dots(matrix, first, rows, count, ahead, x, packed, scratch):
     """Return where float32 [count] lie: rows of a matrix times one token's x, plus their biases.
 
     `rows`: the address of a list of row numbers (`first` is 0 then), or 0 for the rows from
-    `first` on; at most _AT_ONCE. `ahead`: what is prefetched meanwhile, as rows_ahead says.
+    `first` on; at most AT_ONCE. `ahead`: what is prefetched meanwhile, as rows_ahead says.
     """
     out, row_bytes = scratch + SUMS, arg(matrix, MATRIX.row_bytes)
     call_dots(
@@ -130,13 +130,7 @@ def _out(n, scratch):
 
 
 @inline
-def token_list(n, scratch):
-    """Return where a list of up to GROUP tokens may lie, for a matrix of rows of n weights."""
-    return _out(n, scratch) + 64 * GROUP
-
-
-@inline
-def _unpacked(matrix, start, rows, n_rows, i, group, n_tok, scratch):
+def _unpacked(matrix, start, n_rows, i, group, n_tok, scratch):
     """Return where the panel of rows i to i + ROWS - 1 of a task's lies, for tile_dots.
 
     Several groups need them all unpacked; for one they are unpacked one panel at a time, and while
@@ -146,13 +140,12 @@ def _unpacked(matrix, start, rows, n_rows, i, group, n_tok, scratch):
     panel, is_kept = scratch + WORK, n_tok > GROUP
     for k in range(i, n_rows if is_kept else i + 1, ROWS):
         if not is_kept or group + i == 0:
-            first, listed = rows_from(start, rows, k)
             call_rows(
                 arg(matrix, MATRIX.unpack),
-                arg(matrix, MATRIX.data) + first * row_bytes,
+                arg(matrix, MATRIX.data) + (start + k) * row_bytes,
                 row_bytes,
                 n,
-                listed,
+                0,
                 min(ROWS, n_rows - k),
                 panel + (k // ROWS * panel_size(n) if is_kept else 0),
                 np.int64(is_kept),
@@ -161,30 +154,27 @@ def _unpacked(matrix, start, rows, n_rows, i, group, n_tok, scratch):
 
 
 @function
-def tile_dots(
-    matrix, start, rows, n_rows, i, next_w, x, packs, group, tokens, n_group, n_tok, scratch
-):
+def tile_dots(matrix, start, n_rows, i, next_w, x, packs, group, n_group, n_tok, scratch):
     """Return where float32 [n_group, ROWS] lie: some rows times some of n_tok tokens, plus biases.
 
-    `start`, `rows`, `n_rows`: the rows of a task, as in row_dots; those from the i-th on are
-    multiplied, in order. next_w: where the rows begin that are fetched meanwhile, if there is no
-    list. `group`: the first of the tokens, `tokens`: the address of a list of n_group numbers that
-    count from there, or 0 for the first of them; at most GROUP.
+    `start`, `n_rows`: the rows of a task; those from the i-th on are multiplied, in order. next_w:
+    where the rows begin that are fetched meanwhile. `group`: the first of n_group tokens, at most
+    GROUP.
     """
     n, row_bytes = arg(matrix, MATRIX.cols), arg(matrix, MATRIX.row_bytes)
     count, out, few = min(ROWS, n_rows - i), _out(n, scratch), arg(matrix, MATRIX.few)
-    first, listed = rows_from(start, rows, i)
+    first = start + i
     x, packs = x + 4 * n * group, packs + pack_stride(n) * group
     if few != 0 and n_tok <= TILE:
         w, panel = arg(matrix, MATRIX.data) + first * row_bytes, scratch + WORK
-        call_dots(few, w, row_bytes, n, listed, count, next_w, panel, packs, tokens, n_group, out)
+        call_dots(few, w, row_bytes, n, 0, count, next_w, panel, packs, 0, n_group, out)
     else:
-        panel = _unpacked(matrix, start, rows, n_rows, i, group, n_tok, scratch)
-        call_rows(arg(matrix, MATRIX.multiply), panel, n, x, packs, tokens, n_group, out)
+        panel = _unpacked(matrix, start, n_rows, i, group, n_tok, scratch)
+        call_rows(arg(matrix, MATRIX.multiply), panel, n, x, packs, 0, n_group, out)
     bias = arg(matrix, MATRIX.bias)
     if bias != 0:
         for k in range(count):
-            value = load_f32(bias + 4 * (first + row_number(listed, k)))
+            value = load_f32(bias + 4 * (first + k))
             for t in range(n_group):
                 at = out + 64 * t + 4 * k
                 store_f32(at, load_f32(at) + value)
@@ -248,7 +238,7 @@ def matmul_task(matrix, task, next_w, n_threads, n_tok, x, packs, y, y_cols, how
     n_ahead, step = ROWS, ROWS
     if n_tok == 1:  # of short rows more are taken, and asked for in time
         n_ahead = (FIRST + ROWS * row_bytes - 1) // (ROWS * row_bytes) * ROWS
-        step = min(n_ahead, _AT_ONCE)
+        step = min(n_ahead, AT_ONCE)
     for group in range(0, n_tok, GROUP):
         n_group = min(GROUP, n_tok - group)
         for first in range(start, end, step):
@@ -262,7 +252,7 @@ def matmul_task(matrix, task, next_w, n_threads, n_tok, x, packs, y, y_cols, how
             else:
                 n_task, i = end - start, first - start
                 out = tile_dots(
-                    matrix, start, 0, n_task, i, ahead, x, packs, group, 0, n_group, n_tok, scratch
+                    matrix, start, n_task, i, ahead, x, packs, group, n_group, n_tok, scratch
                 )
             for t in range(n_group):
                 at, source = y + 4 * ((group + t) * y_cols + first), out + 64 * t

@@ -9,13 +9,13 @@ import numpy as np
 
 from ..backend import Plan, Residency
 from ..config import POSITION_OFFSET
-from ..formats import BLOCK_SIZES, U8Array
+from ..formats import U8Array
 from ..gguf import Tensor
 from ..weights import Weights
 from . import attention, ffn, ffn_batch, linear, matmul
 from .axpy import AXPYS
 from .bandwidth import Reader, read_all
-from .block import MATRIX, PRODUCTS, SUMS, Block, address, build, matrix
+from .block import MATRIX, PRODUCTS, SINGLES, SUMS, Block, address, build, matrix
 from .elementwise import NORMS
 from .gemm import MULTIPLIES, UNPACKS
 from .jit import Kernel, load_kernels
@@ -70,7 +70,7 @@ class CPU:
             *(matmul.scratch_bytes(t.cols, max(n_tok, n_out)) for t in w.matrices()),
             matmul.WORK + attention.attend_bytes(c.n_head, c.n_head_kv, c.head_dim, n_tok),
             matmul.WORK + 4 * c.n_embd,
-            matmul.WORK + (ffn_batch.down_bytes(n_tok) if n_tok > 1 else 0),
+            matmul.WORK + ffn_batch.down_bytes(c.n_embd),
         )
         scratch_bytes = -(-scratch_bytes // 128) * 128 + 64
         scratch = {
@@ -115,7 +115,6 @@ class CPU:
             "n_rows": self._ints(2),
             "fired": b.fired,
             "wanted": self._bytes(c.n_ff),
-            "place": self._ints(c.n_ff),
             "active": self._ints(n_tok * c.n_ff + SLACK),
             "values": self._floats(n_tok, c.n_ff),
             "n_active": self._ints(n_tok),
@@ -133,8 +132,8 @@ class CPU:
             positions=step.positions,
             offset=POSITION_OFFSET,
             x=b.x,
-            embd=matrix(w.embd, use=SUMS),
-            table=matrix(w.positions, use=SUMS),
+            embd=matrix(w.embd, use=SINGLES),
+            table=matrix(w.positions, use=SINGLES),
             **scratch,
         )
         self._head = build(
@@ -263,7 +262,6 @@ class CPU:
                     exchange=0,
                     decider=matrix(layer.decider, layer.decider_bias),
                     up=matrix(layer.up, layer.up_bias),
-                    width=max(ffn_batch.WIDTH, BLOCK_SIZES[down.type][0]),
                     # Its bias goes to the matmul in the standard layout only.
                     down=matrix(down, layer.down_bias, PRODUCTS)
                     if layer.down_t is None
@@ -426,9 +424,11 @@ class CPU:
 
 def _row_kernels(w: Weights, kv_type: int) -> list[Kernel]:
     """Return the kernels of the formats in a model and its cache, for what is done with each."""
-    sums = [w.embd, w.positions, *(layer.down_t for layer in w.layers)]
-    summed = {int(t.type) for t in sums if t is not None} | {kv_type}
-    others = {id(t) for t in sums} - {id(w.output)}
-    multiplied = {int(t.type) for t in w.matrices() if id(t) not in others} | {kv_type}
-    tables = [*((t, SUMS) for t in sorted(summed)), *((t, PRODUCTS) for t in sorted(multiplied))]
-    return [table[t] for t, use in tables for table in use if t in table]
+    singles, sums = [w.embd, w.positions], [layer.down_t for layer in w.layers]
+    others = {id(t) for t in (*singles, *sums)} - {id(w.output)}
+    products = [t for t in w.matrices() if id(t) not in others]
+    kernels = []
+    for tensors, use in ((singles, SINGLES), (sums, SUMS), (products, PRODUCTS)):
+        types = {int(t.type) for t in tensors if t is not None} | {kv_type}
+        kernels += [table[t] for t in sorted(types) for table in use if t in table]
+    return kernels
