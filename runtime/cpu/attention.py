@@ -152,16 +152,20 @@ ATTEND = layout(
 
 BLOCK = 16  # tokens in one task
 SPLIT = 256  # earlier tokens in one task, for a token on its own
+SCORES = SPLIT + 16  # room for those of one head
+_TASKS = 2  # of heads, for each thread, where there are so many
 CHUNK = 128  # earlier tokens at a time, for several tokens of a text: whole pages
 
 
 def attend_bytes(n_head: int, n_head_kv: int, head_dim: int, n_tok: int) -> int:
     """Return the scratch that attend needs behind matmul.WORK."""
+    single = 4 * n_head * SCORES
     if n_tok == 1:
-        return 4 * (SPLIT + 16)
+        return single
     n_query = BLOCK * n_head // n_head_kv
     out = 64 * (n_query + 15)  # multiply takes tokens in tiles
-    return panel_bytes(head_dim) + out + n_query * (12 + 4 * CHUNK) + 4 * CHUNK * head_dim
+    several = panel_bytes(head_dim) + out + n_query * (12 + 4 * CHUNK) + 4 * CHUNK * head_dim
+    return max(single, several)
 
 
 @inline
@@ -173,58 +177,23 @@ def _partial_size(head_dim):
 partial_floats = _partial_size.py_func
 
 
-@function
-def _single(args, t, head, split, scratch):
-    """One token and one kv head over the SPLIT earlier tokens of a split.
-
-    a, or, where there are several splits, partial = sum of exp(score - peak) * v; peak; total.
-    """
-    n_head, n_head_kv = arg(args, ATTEND.n_head), arg(args, ATTEND.n_head_kv)
-    head_dim, scale = arg(args, ATTEND.head_dim), load_f32(arg(args, ATTEND.scale))
-    pages, pages_cols = arg(args, ATTEND.pages), arg(args, ATTEND.pages_cols)
+@inline
+def _run(args, cache, row, position, head):
+    """Return where a head's rows lie in a cache, from a position to the end of its page."""
+    n_head_kv, head_dim = arg(args, ATTEND.n_head_kv), arg(args, ATTEND.head_dim)
     head_bytes = head_dim * (2 if arg(args, ATTEND.kv_type) == F16 else 4)
-    row = np.int64(load_i32(arg(args, ATTEND.rows) + 4 * t))
-    length = np.int64(load_i32(arg(args, ATTEND.positions) + 4 * t)) + 1
-    # Runs of rows are short: a page's. Meanwhile those are asked for that this thread is likely to
-    # read next, of as many heads further as there are threads.
-    start, ahead = split * SPLIT, arg(args, ATTEND.n_threads) * PAGE * head_bytes
-    n = min(SPLIT, length - start)
-    scores, group = scratch + WORK, n_head // n_head_kv
-    for i in range(head * group, (head + 1) * group):
-        q = arg(args, ATTEND.q) + 4 * head_dim * (t * n_head + i)
-        for j in range(0, n, PAGE):
-            at = _slot(pages, pages_cols, row, start + j, head, n_head_kv, head_bytes)
-            k = arg(args, ATTEND.k_cache) + at
-            call_dots(
-                arg(args, ATTEND.dots),
-                k,
-                head_bytes,
-                head_dim,
-                0,
-                min(PAGE, n - j),
-                k + ahead,
-                0,
-                q,
-                0,
-                scratch,
-                scores + 4 * j,
-            )
-        scale_by(scores, n, scale)
-        peak = peak_of(scores, n)
-        total = exp_below(scores, n, peak)
-        a = arg(args, ATTEND.a) + 4 * head_dim * (t * n_head + i)
-        if length > SPLIT:
-            a = _partial(args, row, i, split)
-            store_f32(a + 4 * head_dim, peak)
-            store_f32(a + 4 * head_dim + 4, total)
-        fill_zero(a, head_dim)
-        for j in range(0, n, PAGE):
-            at = _slot(pages, pages_cols, row, start + j, head, n_head_kv, head_bytes)
-            v, count = arg(args, ATTEND.v_cache) + at, min(PAGE, n - j)
-            axpys, weights = arg(args, ATTEND.axpys), scores + 4 * j
-            call_axpys(axpys, v, head_bytes, head_dim, 0, count, v + ahead, 0, weights, a)
-        if length <= SPLIT:
-            scale_by(a, head_dim, np.float32(1) / total)
+    pages, pages_cols = arg(args, ATTEND.pages), arg(args, ATTEND.pages_cols)
+    return cache + _slot(pages, pages_cols, row, position, head, n_head_kv, head_bytes)
+
+
+@inline
+def _next_run(args, cache, row, position, head, heads, end, then):
+    """Return where the run is that is read next: of the next head, or page, or else `then`."""
+    if head + 1 < heads[1]:
+        return _run(args, cache, row, position, head + 1)
+    if position + PAGE < end:
+        return _run(args, cache, row, position + PAGE, heads[0])
+    return then
 
 
 @inline
@@ -233,6 +202,69 @@ def _partial(args, row, head, split):
     n = _partial_size(arg(args, ATTEND.head_dim))
     index = row * arg(args, ATTEND.n_head) + head
     return arg(args, ATTEND.partial) + 4 * n * (index * arg(args, ATTEND.n_splits_max) + split)
+
+
+@inline
+def _sum_of(args, t, row, head, split, length):
+    """Return where what comes of a split is summed: in `a` itself where there is but one."""
+    if length > SPLIT:
+        return _partial(args, row, head, split)
+    n_head, head_dim = arg(args, ATTEND.n_head), arg(args, ATTEND.head_dim)
+    return arg(args, ATTEND.a) + 4 * head_dim * (t * n_head + head)
+
+
+@function
+def _single(args, t, heads, split, scratch):
+    """One token and kv heads (first, end) over the SPLIT earlier tokens of a split.
+
+    a, or, where there are several splits, partial = sum of exp(score - peak) * v; peak; total.
+    Page after page, since heads are neighbours in it: long runs are what is read fast.
+    """
+    n_head, n_head_kv = arg(args, ATTEND.n_head), arg(args, ATTEND.n_head_kv)
+    head_dim, scale = arg(args, ATTEND.head_dim), load_f32(arg(args, ATTEND.scale))
+    head_bytes = head_dim * (2 if arg(args, ATTEND.kv_type) == F16 else 4)
+    row = np.int64(load_i32(arg(args, ATTEND.rows) + 4 * t))
+    length = np.int64(load_i32(arg(args, ATTEND.positions) + 4 * t)) + 1
+    start, end = split * SPLIT, min((split + 1) * SPLIT, length)
+    group = n_head // n_head_kv
+    first, last = heads[0] * group, heads[1] * group  # of q
+    scores = scratch + WORK - 4 * SCORES * first
+    cache, dots = arg(args, ATTEND.k_cache), arg(args, ATTEND.dots)
+    then = _run(args, arg(args, ATTEND.v_cache), row, start, heads[0])
+    for j in range(start, end, PAGE):
+        count = min(PAGE, end - j)
+        for head in range(heads[0], heads[1]):
+            k = _run(args, cache, row, j, head)
+            following = _next_run(args, cache, row, j, head, heads, end, then)
+            for i in range(head * group, (head + 1) * group):
+                q = arg(args, ATTEND.q) + 4 * head_dim * (t * n_head + i)
+                to = scores + 4 * (SCORES * i + j - start)
+                call_dots(dots, k, head_bytes, head_dim, 0, count, following, 0, q, 0, scratch, to)
+    for i in range(first, last):
+        mine, a = scores + 4 * SCORES * i, _sum_of(args, t, row, i, split, length)
+        scale_by(mine, end - start, scale)
+        peak = peak_of(mine, end - start)
+        total = exp_below(mine, end - start, peak)
+        fill_zero(a, head_dim)
+        if length > SPLIT:
+            store_f32(a + 4 * head_dim, peak)
+            store_f32(a + 4 * head_dim + 4, total)
+        else:
+            scale_by(mine, end - start, np.float32(1) / total)
+    cache, axpys = arg(args, ATTEND.v_cache), arg(args, ATTEND.axpys)
+    # Of the task that this thread is likely to take next.
+    n_heads = heads[1] - heads[0]
+    next_head = min(heads[0] + arg(args, ATTEND.n_threads) * n_heads, n_head_kv - 1)
+    then = _run(args, arg(args, ATTEND.k_cache), row, start, next_head)
+    for j in range(start, end, PAGE):
+        count = min(PAGE, end - j)
+        for head in range(heads[0], heads[1]):
+            v = _run(args, cache, row, j, head)
+            following = _next_run(args, cache, row, j, head, heads, end, then)
+            for i in range(head * group, (head + 1) * group):
+                a = _sum_of(args, t, row, i, split, length)
+                weights = scores + 4 * (SCORES * i + j - start)
+                call_axpys(axpys, v, head_bytes, head_dim, 0, count, following, 0, weights, a)
 
 
 @function
@@ -267,7 +299,6 @@ def _several(args, first, last, head, scratch):
     """
     n_head, n_head_kv = arg(args, ATTEND.n_head), arg(args, ATTEND.n_head_kv)
     head_dim, scale = arg(args, ATTEND.head_dim), load_f32(arg(args, ATTEND.scale))
-    pages, pages_cols = arg(args, ATTEND.pages), arg(args, ATTEND.pages_cols)
     head_bytes = head_dim * (2 if arg(args, ATTEND.kv_type) == F16 else 4)
     row = np.int64(load_i32(arg(args, ATTEND.rows) + 4 * first))
     position = np.int64(load_i32(arg(args, ATTEND.positions) + 4 * first))
@@ -290,8 +321,8 @@ def _several(args, first, last, head, scratch):
     for start in range(0, end, CHUNK):
         n = min(CHUNK, end - start)
         for j in range(0, n, 16):
-            at = _slot(pages, pages_cols, row, start + j, head, n_head_kv, head_bytes)
-            k, count = arg(args, ATTEND.k_cache) + at, min(16, n - j)
+            k = _run(args, arg(args, ATTEND.k_cache), row, start + j, head)
+            count = min(16, n - j)
             call_rows(arg(args, ATTEND.unpack), k, head_bytes, head_dim, 0, count, panel, 1)
             q, multiply = arg(args, ATTEND.q), arg(args, ATTEND.multiply)
             call_rows(multiply, panel, head_dim, q, 0, queries, n_query, out)
@@ -299,8 +330,8 @@ def _several(args, first, last, head, scratch):
                 source, target = out + 64 * i, scores + 4 * (CHUNK * i + j)
                 store_f32x16(target, mul(load_f32x16(source), scales))
         for j in range(0, n, PAGE):
-            at = _slot(pages, pages_cols, row, start + j, head, n_head_kv, head_bytes)
-            v, count = arg(args, ATTEND.v_cache) + at, min(PAGE, n - j)
+            v = _run(args, arg(args, ATTEND.v_cache), row, start + j, head)
+            count = min(PAGE, n - j)
             to, size = values + 4 * head_dim * j, 4 * head_dim
             call_rows(arg(args, ATTEND.widen), v, head_bytes, head_dim, 0, count, to, size)
         for i in range(n_query):
@@ -347,7 +378,7 @@ def _is_alone(args, t, n_tok):
 def attend(args, control, epoch, thread):
     """a = softmax(q . K * scale) . V for each token over its sequence up to itself.
 
-    A task is a BLOCK of tokens, a kv head with its group of q heads, and, for texts with one new
+    A task is a BLOCK of tokens, kv heads with their groups of q heads, and, for texts with one new
     token, a SPLIT of their context, so that a long one occupies all threads. Reads 2 * head_dim
     numbers of the cache for every earlier token, once for all tokens of a text in the block.
     """
@@ -358,22 +389,26 @@ def attend(args, control, epoch, thread):
     for t in range(n_tok):
         longest = max(longest, np.int64(load_i32(arg(args, ATTEND.positions) + 4 * t)) + 1)
     n_splits, n_blocks = (longest + SPLIT - 1) // SPLIT, (n_tok + BLOCK - 1) // BLOCK
-    n_tasks = n_blocks * n_head_kv * n_splits
+    n_heads = max(n_blocks * n_splits * n_head_kv // (_TASKS * arg(args, ATTEND.n_threads)), 1)
+    n_heads = min(n_heads, n_head_kv)
+    n_pieces = (n_head_kv + n_heads - 1) // n_heads
+    n_tasks = n_blocks * n_pieces * n_splits
     while True:
         task = take(control, 0, epoch, n_tasks)
         if task < 0:
             break
-        head, task = task % n_head_kv, task // n_head_kv
+        first, task = task % n_pieces * n_heads, task // n_pieces
+        heads = first, min(first + n_heads, n_head_kv)
         # The last blocks have seen most: they go first, so that no thread waits long at the end.
         split, t = task % n_splits, (n_blocks - 1 - task // n_splits) * BLOCK
         block_end = min(t + BLOCK, n_tok)
         while t < block_end:
             end = _run_end(args, t, n_tok)
             if not _is_alone(args, t, n_tok):
-                if split == 0:
+                for head in range(heads[0], heads[1] if split == 0 else 0):
                     _several(args, t, end, head, scratch)
             elif np.int64(load_i32(arg(args, ATTEND.positions) + 4 * t)) >= split * SPLIT:
-                _single(args, t, head, split, scratch)
+                _single(args, t, heads, split, scratch)
             t = end
         finish(control, 0)
     if not wait(control, 0, epoch, n_tasks):
