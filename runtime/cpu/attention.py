@@ -18,7 +18,9 @@ from .rows import F16, fill_zero, pack_stride
 from .simd import (
     call_axpys,
     call_dots,
-    call_rows,
+    call_multiply,
+    call_unpack,
+    call_widen,
     load_f32,
     load_f32x16,
     load_i32,
@@ -323,9 +325,9 @@ def _several(args, first, last, head, scratch):
         for j in range(0, n, 16):
             k = _run(args, arg(args, ATTEND.k_cache), row, start + j, head)
             count = min(16, n - j)
-            call_rows(arg(args, ATTEND.unpack), k, head_bytes, head_dim, 0, count, panel, 1)
+            call_unpack(arg(args, ATTEND.unpack), k, head_bytes, head_dim, count, panel, 1)
             q, multiply = arg(args, ATTEND.q), arg(args, ATTEND.multiply)
-            call_rows(multiply, panel, head_dim, q, 0, queries, n_query, out)
+            call_multiply(multiply, panel, head_dim, q, 0, queries, n_query, out)
             for i in range(n_query):
                 source, target = out + 64 * i, scores + 4 * (CHUNK * i + j)
                 store_f32x16(target, mul(load_f32x16(source), scales))
@@ -333,7 +335,7 @@ def _several(args, first, last, head, scratch):
             v = _run(args, arg(args, ATTEND.v_cache), row, start + j, head)
             count = min(PAGE, n - j)
             to, size = values + 4 * head_dim * j, 4 * head_dim
-            call_rows(arg(args, ATTEND.widen), v, head_bytes, head_dim, 0, count, to, size)
+            call_widen(arg(args, ATTEND.widen), v, head_bytes, head_dim, count, to, size)
         for i in range(n_query):
             n_seen = min(n, position + i // group + 1 - start)
             if n_seen > 0:

@@ -292,13 +292,11 @@ def _multiply_tiles(type_, n, panel, tokens, stride, following, sums, out):
 
 
 @inline
-def _note_following(w, row_bytes, rows, next_w, n, panel):
-    """Write down which 16 rows are fetched, the next in a list or at next_w; return where."""
-    behind = rows + 4 * PANEL if rows != 0 else 0
-    next_w = w if rows != 0 else next_w
-    ahead, following = row_addresses(next_w, row_bytes, behind, PANEL - 1), _following(panel, n)
+def _note_following(next_w, row_bytes, n, panel):
+    """Write down which rows are fetched, the 16 at next_w; return where."""
+    following = _following(panel, n)
     for i in range(PANEL):
-        store_i64(following + 8 * i, ahead[i])
+        store_i64(following + 8 * i, next_w + row_bytes * i)
     store_i64(following + 8 * PANEL, row_bytes)
     return following
 
@@ -306,9 +304,9 @@ def _note_following(w, row_bytes, rows, next_w, n, panel):
 def _make_unpack(type_):
     is_block_of_32 = type_ in (Q4_0, Q8_0)
 
-    def unpack(w, row_bytes, n, rows, count, panel, is_next):
-        here = row_addresses(w, row_bytes, rows, count - 1)
-        noted = _note_following(w, row_bytes, rows, w + PANEL * row_bytes, n, panel)
+    def unpack(w, row_bytes, n, count, panel, is_next):
+        here = row_addresses(w, row_bytes, 0, count - 1)
+        noted = _note_following(w + PANEL * row_bytes, row_bytes, n, panel)
         following = noted if is_next != 0 else 0
         if is_block_of_32:
             _unpack_32(type_, here, following, n, panel)
@@ -319,33 +317,31 @@ def _make_unpack(type_):
         if is_next != 0:
             store_i64(noted, 0)
 
-    return Kernel(unpack, 7, f"unpack_{GGMLType(type_).name}")
+    return Kernel(unpack, 6, f"unpack_{GGMLType(type_).name}")
 
 
 def _make_few(type_):
-    def few(w, row_bytes, n, rows, count, next_w, panel, packs, tokens, n_tok, out):
-        here = row_addresses(w, row_bytes, rows, count - 1)
-        following = _note_following(w, row_bytes, rows, next_w, n, panel)
+    def few(w, row_bytes, n, count, next_w, panel, packs, n_tok, out):
+        here = row_addresses(w, row_bytes, 0, count - 1)
+        following = _note_following(next_w, row_bytes, n, panel)
         stride, t = pack_stride(n), 0
         while t < n_tok:
-            left, to = n_tok - t, out + 64 * t
-            listed = tokens + 4 * t if tokens != 0 else 0
-            first = packs if tokens != 0 else packs + t * stride
+            left, to, first = n_tok - t, out + 64 * t, packs + t * stride
             if left > 4 and TILE > 4:
-                group = token_addresses(first, stride, listed, left - 1)
+                group = token_addresses(first, stride, 0, left - 1)
                 _multiply_few(type_, here, n, panel, group, following, to)
                 t += TILE
             elif left > 2:
-                four = four_addresses(first, stride, listed, left - 1)
+                four = four_addresses(first, stride, 0, left - 1)
                 _multiply_few(type_, here, n, panel, four, following, to)
                 t += 4
             else:
-                two = two_addresses(first, stride, listed, left - 1)
+                two = two_addresses(first, stride, 0, left - 1)
                 _multiply_few(type_, here, n, panel, two, following, to)
                 t += 2
             following = 0
 
-    return Kernel(few, 11, f"few_{GGMLType(type_).name}")
+    return Kernel(few, 9, f"few_{GGMLType(type_).name}")
 
 
 def _make_multiply(type_):
@@ -391,12 +387,12 @@ def _make_multiply(type_):
     return Kernel(multiply, 7, f"multiply_{kind}")
 
 
-# unpack(w, row_bytes, n, rows, count, panel, is_next): `count` (1 to 16) rows into a panel of
-# panel_bytes(n); lanes behind them repeat the last one. `rows` as in rows.DOTS. The 16 rows behind
-# are prefetched: now if `is_next`, else while the panel is multiplied.
+# unpack(w, row_bytes, n, count, panel, is_next): `count` (1 to 16) rows from w on into a panel of
+# panel_bytes(n); lanes behind them repeat the last one. The 16 rows behind are prefetched: now if
+# `is_next`, else while the panel is multiplied.
 UNPACKS = {int(type_): _make_unpack(int(type_)) for type_ in COMPUTE_TYPES}
-# few(w, row_bytes, n, rows, count, next_w, panel, packs, tokens, n_tok, out): both for few tokens
-# of integer formats. `panel` is scratch; what is prefetched begins at next_w, or is next in a list.
+# few(w, row_bytes, n, count, next_w, panel, packs, n_tok, out): both for few tokens of integer
+# formats. `panel` is scratch; the 16 rows at next_w are prefetched.
 FEWS = {int(type_): _make_few(int(type_)) for type_ in INTEGER_DOT}
 # multiply(panel, n, x, packs, tokens, n_tok, out): out f32 [n_tok to a multiple of 16][16] = the
 # panel's rows . activations of the tokens listed at `tokens` (0: the first n_tok), f32 `x` [.., n],

@@ -22,7 +22,7 @@ from .matmul import (
 from .pool import finish, take, wait
 from .rows import fill_zero, pack, pack_stride
 from .simd import (
-    call_rows,
+    call_widen,
     load_f32,
     load_f32x16,
     load_i32,
@@ -43,7 +43,7 @@ EMBED = layout(
 def _widen_row(matrix, row, n, out):
     size = arg(matrix, MATRIX.row_bytes)
     data = arg(matrix, MATRIX.data) + row * size
-    call_rows(arg(matrix, MATRIX.widen), data, size, n, 0, 1, out, 0)
+    call_widen(arg(matrix, MATRIX.widen), data, size, n, 1, out, 0)
 
 
 @job

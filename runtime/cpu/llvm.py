@@ -79,6 +79,10 @@ def op(result: Any, *params: Any) -> Callable[[Callable[..., Any]], Any]:
 
                 def made(typingctx, a, b, c, d, e, f):
                     return signature, codegen
+            case 7:
+
+                def made(typingctx, a, b, c, d, e, f, g):
+                    return signature, codegen
             case 8:
 
                 def made(typingctx, a, b, c, d, e, f, g, h):

@@ -15,7 +15,9 @@ from .rows import SCRATCH, SLACK, fetch_far, pack_stride, row_number
 from .simd import (
     add,
     call_dots,
-    call_rows,
+    call_few,
+    call_multiply,
+    call_unpack,
     fma,
     fma1,
     load_f32,
@@ -140,12 +142,11 @@ def _unpacked(matrix, start, n_rows, i, group, n_tok, scratch):
     panel, is_kept = scratch + WORK, n_tok > GROUP
     for k in range(i, n_rows if is_kept else i + 1, ROWS):
         if not is_kept or group + i == 0:
-            call_rows(
+            call_unpack(
                 arg(matrix, MATRIX.unpack),
                 arg(matrix, MATRIX.data) + (start + k) * row_bytes,
                 row_bytes,
                 n,
-                0,
                 min(ROWS, n_rows - k),
                 panel + (k // ROWS * panel_size(n) if is_kept else 0),
                 np.int64(is_kept),
@@ -167,10 +168,10 @@ def tile_dots(matrix, start, n_rows, i, next_w, x, packs, group, n_group, n_tok,
     x, packs = x + 4 * n * group, packs + pack_stride(n) * group
     if few != 0 and n_tok <= TILE:
         w, panel = arg(matrix, MATRIX.data) + first * row_bytes, scratch + WORK
-        call_dots(few, w, row_bytes, n, 0, count, next_w, panel, packs, 0, n_group, out)
+        call_few(few, w, row_bytes, n, count, next_w, panel, packs, n_group, out)
     else:
         panel = _unpacked(matrix, start, n_rows, i, group, n_tok, scratch)
-        call_rows(arg(matrix, MATRIX.multiply), panel, n, x, packs, 0, n_group, out)
+        call_multiply(arg(matrix, MATRIX.multiply), panel, n, x, packs, 0, n_group, out)
     bias = arg(matrix, MATRIX.bias)
     if bias != 0:
         for k in range(count):

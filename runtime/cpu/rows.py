@@ -470,11 +470,10 @@ def _make_widen(type_):
     block_size, block_bytes = BLOCK_SIZES[GGMLType(type_)]
     is_block_of_32 = type_ in (Q4_0, Q8_0)
 
-    def widen(w, row_bytes, n, rows, count, out, out_bytes):
+    def widen(w, row_bytes, n, count, out, out_bytes):
         for i in range(count):
-            at, to = w + row_number(rows, i) * row_bytes, out + i * out_bytes
-            if rows == 0:
-                fetch_far(at + 24 * row_bytes, n // block_size * block_bytes)
+            at, to = w + i * row_bytes, out + i * out_bytes
+            fetch_far(at + 24 * row_bytes, n // block_size * block_bytes)
             if is_block_of_32:
                 for block in range(n // 32):
                     source = at + block * block_bytes
@@ -491,12 +490,12 @@ def _make_widen(type_):
                 for j in range(n // 16 * 16, n):
                     store_f32(to + 4 * j, load1(type_, at, j))
 
-    return Kernel(widen, 7, f"widen_{GGMLType(type_).name}")
+    return Kernel(widen, 6, f"widen_{GGMLType(type_).name}")
 
 
 # dots(w, row_bytes, n, rows, count, next_w, next_rows, x, packed, scratch, out): out [count, to a
 # multiple of 4] = rows . activations, float32 `x` [n], or `packed` where the format is integer.
 DOTS = {int(type_): _make_dots(int(type_)) for type_ in COMPUTE_TYPES}
-# widen(w, row_bytes, n, rows, count, out, out_bytes): the rows as float32 [n], out_bytes apart.
-# Without a list those behind are asked for.
+# widen(w, row_bytes, n, count, out, out_bytes): the rows from w on as float32 [n], out_bytes apart.
+# Those behind are asked for.
 WIDENS = {int(type_): _make_widen(int(type_)) for type_ in COMPUTE_TYPES}

@@ -636,19 +636,15 @@ def call_job(b, function, args, control, epoch, thread):
     _call(b, function, [args, control, epoch, thread])
 
 
-@op(void, *[intp] * 12)
-def call_dots(b, function, *args):
-    """Call a kernel of DOTS or FEWS at address `function` with its eleven arguments."""
-    _call(b, function, list(args))
+def _caller(n_args: int) -> Any:
+    @op(void, *[intp] * (1 + n_args))
+    def call_kernel(b, function, *args):
+        """Call the kernel at address `function` with its arguments."""
+        _call(b, function, list(args))
+
+    return call_kernel
 
 
-@op(void, *[intp] * 10)
-def call_axpys(b, function, *args):
-    """Call the kernel of axpy.AXPYS at address `function` with its nine arguments."""
-    _call(b, function, list(args))
-
-
-@op(void, *[intp] * 8)
-def call_rows(b, function, *args):
-    """Call a kernel of WIDENS, UNPACKS or MULTIPLIES with its seven arguments."""
-    _call(b, function, list(args))
+# One for each table of kernels; what their arguments are, it says there.
+call_dots, call_axpys, call_widen = _caller(11), _caller(9), _caller(6)
+call_few, call_unpack, call_multiply = _caller(9), _caller(6), _caller(7)
