@@ -44,7 +44,6 @@ from .rows import (
     clear_flags,
     fetch_rows,
     fill_zero,
-    lead,
     pack,
     pack_piece,
     pack_stride,
@@ -252,9 +251,8 @@ def add_listed(down, rows, values, count, first, width, y):
     # Columns begin at whole blocks, so that this is exact.
     row_bytes, n_embd = arg(down, MATRIX.row_bytes), arg(down, MATRIX.cols)
     data, nbytes = arg(down, MATRIX.data) + row_bytes * first // n_embd, row_bytes * width // n_embd
-    distance = max(lead(nbytes), GROUP)
     fill_zero(y, width)
-    fetch_rows(data, row_bytes, rows, min(count, distance), nbytes)
+    fetch_rows(data, row_bytes, rows, min(count, GROUP), nbytes)
     call_axpys(
         arg(down, MATRIX.axpys),
         data,
@@ -263,7 +261,7 @@ def add_listed(down, rows, values, count, first, width, y):
         rows,
         count,
         data,
-        rows + 4 * distance,
+        rows + 4 * GROUP,
         values,
         y,
     )

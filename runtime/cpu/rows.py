@@ -91,7 +91,6 @@ Q4_K, Q5_K, Q6_K = int(GGMLType.Q4_K), int(GGMLType.Q5_K), int(GGMLType.Q6_K)
 BLOCK = 48  # bytes of one of a pack's blocks
 NEAR = 4096  # bytes between a read and its last prefetch, likewise
 SLACK = 32  # numbers that may be read behind a list of rows
-AHEAD = 8192  # bytes between a read and its prefetch; by whole rows, so that lists of rows work
 SCRATCH = 576  # bytes of a thread's scratch that `dots` uses for the ends of four rows
 
 
@@ -386,12 +385,6 @@ def clear_flags(flags, n):
 def row_number(rows, i):
     """Return the i-th number of a list of rows; without one, i."""
     return np.int64(load_i32(rows + 4 * i)) if rows != 0 else i
-
-
-@inline
-def lead(row_bytes):
-    """Return how many rows lie between the one that is read and the one that is prefetched."""
-    return min((AHEAD + row_bytes - 1) // row_bytes, SLACK)
 
 
 @inline
