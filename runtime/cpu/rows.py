@@ -420,22 +420,30 @@ def row_at(w, row_bytes, rows, i, count):
 
 
 @inline
-def rows_at(w, row_bytes, rows, i, count):
-    """Return where the i-th row is and the three behind it."""
+def rows_at(w, row_bytes, rows, i, last):
+    """Return where the i-th row is and the three behind it; behind the last, that one."""
+    if rows == 0:
+        at, left = w + i * row_bytes, last - i
+        return (
+            at,
+            at + min(left, 1) * row_bytes,
+            at + min(left, 2) * row_bytes,
+            at + min(left, 3) * row_bytes,
+        )
     return (
-        row_at(w, row_bytes, rows, i, count),
-        row_at(w, row_bytes, rows, i + 1, count),
-        row_at(w, row_bytes, rows, i + 2, count),
-        row_at(w, row_bytes, rows, i + 3, count),
+        w + row_number(rows, i) * row_bytes,
+        w + row_number(rows, min(i + 1, last)) * row_bytes,
+        w + row_number(rows, min(i + 2, last)) * row_bytes,
+        w + row_number(rows, min(i + 3, last)) * row_bytes,
     )
 
 
 @inline
 def rows_then(w, row_bytes, rows, i, count, next_w, next_rows):
-    """Return the same, counted on into the next rows behind the last."""
+    """Return the same of rows that are only asked for, counted on into the next behind the last."""
     if i < count:
-        return rows_at(w, row_bytes, rows, i, count)
-    return rows_at(next_w, row_bytes, next_rows, i - count, i)
+        return rows_at(w, row_bytes, rows, i, i + 3)
+    return rows_at(next_w, row_bytes, next_rows, i - count, i - count + 3)
 
 
 def _make_dots(type_):
@@ -445,8 +453,8 @@ def _make_dots(type_):
         step = 4 if in_fours else 1
         close = near_rows(row_bytes, step)
         for i in range(0, count, step):
-            these, to = rows_at(w, row_bytes, rows, i, count), out + 4 * i
-            far = rows_at(next_w, row_bytes, next_rows, i, count)
+            these, to = rows_at(w, row_bytes, rows, i, count - 1), out + 4 * i
+            far = rows_at(next_w, row_bytes, next_rows, i, i + 3)
             mid = rows_then(w, row_bytes, rows, i + 2 * close, count, next_w, next_rows)
             near = rows_then(w, row_bytes, rows, i + close, count, next_w, next_rows)
             if in_fours:
