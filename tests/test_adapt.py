@@ -21,7 +21,7 @@ def other_text():
 
 def written(**options):
     with powerinfer.open(demo_model(), **options) as llm:
-        prompt = llm.tokenize(other_text())[:100]
+        prompt = llm.tokenize(other_text())[:150]
         tokens = llm.generate_tokens(prompt, max_tokens=60, temperature=0, ignore_eos=True)
         return list(tokens), llm.timings.rows_share
 

@@ -405,7 +405,8 @@ def test_masks_can_be_changed(model):
     with hybrid(path, where) as llm:
         assert relative(llm.logits(IDS[:20]), exact[0]) > 0.01
         with llm.watched(All()):
-            assert np.array_equal(llm.logits(IDS[:20]), exact[0])
+            # Of several tokens each takes its own rows, where "exact" takes all rows at once.
+            assert relative(llm.logits(IDS[:20]), exact[0]) < 1e-5
             assert np.array_equal(llm.logits(IDS[:1]), exact[1])
 
 
