@@ -89,8 +89,8 @@ Q4_1, Q5_0, Q5_1 = int(GGMLType.Q4_1), int(GGMLType.Q5_0), int(GGMLType.Q5_1)
 Q4_K, Q5_K, Q6_K = int(GGMLType.Q4_K), int(GGMLType.Q5_K), int(GGMLType.Q6_K)
 
 BLOCK = 48  # bytes of one of a pack's blocks
-NEAR = 4096  # bytes between a read and its last prefetch, likewise
-SLACK = 32  # numbers that may be read behind a list of rows
+NEAR = 4096  # bytes between a read and its last prefetch; by whole rows, so that lists work
+SLACK = 96  # numbers that may be read behind a list of rows: those of a call, and what is near
 SCRATCH = 576  # bytes of a thread's scratch that `dots` uses for the ends of four rows
 
 
@@ -391,7 +391,7 @@ def row_number(rows, i):
 def near_rows(row_bytes, step):
     """Return how many rows, whole steps, lie between what is read and what is `near`, see ask."""
     rows = (NEAR + step * row_bytes - 1) // (step * row_bytes) * step
-    return min(rows, SLACK // 2 - step)
+    return min(rows, 16 - step)
 
 
 @inline
