@@ -21,6 +21,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -43,6 +44,7 @@ from .paths import regular
 
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
+_LOADERS, _LOADED_AT_ONCE = 4, 1 << 26  # threads, and bytes of a piece, of a file that is loaded
 MAX_NAME = 255  # bytes of a key or tensor name; llama.cpp allows 63 for tensors
 
 
@@ -426,13 +428,25 @@ def _loaded(file: io.BufferedReader, size: int) -> mmap.mmap:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-    with memoryview(memory) as view:
-        done = 0
-        while done < size:
-            n = file.readinto(view[done : done + (1 << 26)])
+    is_shared = hasattr(os, "preadv")  # else a file has one position, for one thread
+
+    def read(start: int) -> None:
+        end = min(start + _LOADED_AT_ONCE, size)
+        while start < end:
+            with view[start:end] as rest:
+                if is_shared:
+                    n = os.preadv(file.fileno(), [rest], start)
+                else:
+                    file.seek(start)
+                    n = file.readinto(rest)
             if not n:
                 raise OSError(f"{file.name} became shorter while it was read")
-            done += n
+            start += n
+
+    # One thread spends more time on new pages and on copying than the file takes to come.
+    threads = ThreadPoolExecutor(_LOADERS if is_shared else 1)
+    with memoryview(memory) as view, threads:
+        list(threads.map(read, range(0, size, _LOADED_AT_ONCE)))
     return memory
 
 

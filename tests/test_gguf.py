@@ -1,11 +1,13 @@
 """The reader against the gguf package, and against files made to break it."""
 
+import os
 import time
 
 import gguf
 import numpy as np
 import pytest
 from attacks.gguf_files import HOSTILE, PAD, U32, U64, header, key, string, tensor
+from powerinfer.runtime import gguf as reader
 from powerinfer.runtime.errors import FileFormatError
 from powerinfer.runtime.formats import GGMLType, encode
 from powerinfer.runtime.gguf import GGUFFile, Value, ValueType
@@ -161,3 +163,19 @@ def test_directory_and_missing_file(tmp_path):
         GGUFFile(tmp_path)
     with pytest.raises(FileNotFoundError):
         GGUFFile(tmp_path / "nothing.gguf")
+
+
+@pytest.mark.parametrize("has_preadv", [True, False])
+def test_loaded_in_pieces(has_preadv, sample, monkeypatch):
+    """By several threads, or, where a file has but one position, by one."""
+    monkeypatch.setattr(reader, "_LOADED_AT_ONCE", 100)
+    if not has_preadv:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    assert bytes(GGUFFile(sample, load=True)._bytes) == sample.read_bytes()
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read(sample, monkeypatch):
+    monkeypatch.setattr(reader, "_LOADED_AT_ONCE", 100)
+    monkeypatch.setattr(os, "preadv", lambda *_: 0, raising=False)
+    with pytest.raises(OSError, match="became shorter"):
+        GGUFFile(sample, load=True)
