@@ -1,6 +1,7 @@
 """The benchmark measures what it says; how fast is no test's business."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -134,3 +135,22 @@ def test_texts_side_by_side(backend):
     assert kl(alone, together) < 1e-3
     if backend == "cpu":
         assert np.array_equal(two, together[[0, 2]])
+
+
+BEFORE_AN_ENGINE = """
+import sys
+import powerinfer.tools.bench as bench
+from powerinfer.__main__ import main
+
+def engine(*_):
+    sys.exit("powerinfer.runtime.cpu.simd" in sys.modules)
+
+bench.Engine = engine
+main(["bench", "-m", sys.argv[1], "--isa", "generic", "-n", "1"])
+"""
+
+
+def test_isa_is_left_to_the_engine():
+    """What makes kernels is imported behind it: they are all for one path."""
+    command = [sys.executable, "-c", BEFORE_AN_ENGINE, str(demo_model())]
+    assert subprocess.run(command, check=False).returncode == 0

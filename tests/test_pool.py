@@ -10,8 +10,9 @@ import time
 import numpy as np
 import pytest
 from powerinfer.runtime.cpu.block import build, layout
+from powerinfer.runtime.cpu.isa import physical_cores
 from powerinfer.runtime.cpu.jit import arg, job
-from powerinfer.runtime.cpu.pool import Pool, finish, physical_cores, program, take, wait
+from powerinfer.runtime.cpu.pool import Pool, finish, program, take, wait
 from powerinfer.runtime.cpu.simd import atomic_add, load_i64
 from powerinfer.runtime.errors import RequestError
 

@@ -90,9 +90,6 @@ class Bench:
         self._rates: dict[Test, list[float]] = {test: [] for test in tests}
         self._counts: dict[Test, np.ndarray] = {}
         self._bandwidth: dict[int, list[tuple[float, float]]] = {}  # of memory, of the file
-        from ..runtime.cpu.bandwidth import Reader  # numba takes half a second to import
-
-        self._reader, self._file_reader = Reader(), Reader(model.file.data)
         batch = max(test.batch for test in tests)
         longest = max(test.length for test in tests)
         for threads in sorted({test.threads for test in tests}):
@@ -101,6 +98,10 @@ class Bench:
             )
             self._engines[threads] = Engine(model, own, notify)
             self._bandwidth[threads] = []
+        # Behind the engines, which choose the instructions of all kernels.
+        from ..runtime.cpu.bandwidth import Reader
+
+        self._reader, self._file_reader = Reader(), Reader(model.file.data)
         draws = np.random.default_rng(22).integers(0, model.config.n_vocab, (batch, longest))
         self._ids: list[list[int]] = draws.tolist()
 

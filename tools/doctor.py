@@ -30,8 +30,8 @@ class Finding:
 def examine(bandwidth: bool = True) -> list[Finding]:
     """Look at everything; `bandwidth`: also read memory for a second or two."""
     from ..runtime.cpu import isa
+    from ..runtime.cpu.isa import physical_cores
     from ..runtime.cpu.jit import kernel_cache
-    from ..runtime.cpu.pool import physical_cores
 
     found = [
         Finding("system", f"{platform.system()} {platform.machine()}, Python {_python()}"),

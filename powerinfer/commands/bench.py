@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from ..runtime.cpu.pool import physical_cores
+    from ..runtime.cpu.isa import physical_cores
 
     threads = [t for t in args.threads or [physical_cores()] if t]
     tests = [

@@ -113,7 +113,7 @@ def _rates(args: argparse.Namespace) -> tuple[Rates, dict[str, str]]:
     }
     if cpu is None:
         from ..runtime.cpu.bandwidth import Reader  # numba takes half a second to import
-        from ..runtime.cpu.pool import physical_cores
+        from ..runtime.cpu.isa import physical_cores
 
         say("measuring how fast this machine reads memory")
         cpu = Reader().measure(physical_cores()) / 1e9

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 import sys
 
@@ -74,3 +75,20 @@ def use(name: str) -> None:
     if name in _CPU_NAMES:
         config.CPU_NAME, config.CPU_FEATURES = _CPU_NAMES[name], ""
     _set(name)
+
+
+def physical_cores() -> int:
+    """Return the number of physical cores that this process may use."""
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in allowed:
+        try:
+            path = f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+            with open(path, encoding="ascii") as file:
+                cores.add(file.read().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))

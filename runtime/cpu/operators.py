@@ -18,8 +18,9 @@ from .bandwidth import Reader, read_all
 from .block import MATRIX, PRODUCTS, SINGLES, SUMS, Block, address, build, matrix
 from .elementwise import NORMS
 from .gemm import MULTIPLIES, UNPACKS
+from .isa import physical_cores
 from .jit import Kernel, load_kernels
-from .pool import Call, Pool, physical_cores, program
+from .pool import Call, Pool, program
 from .rows import DOTS, F16, F32, SLACK, WIDENS, pack_bytes
 
 _JOBS = (

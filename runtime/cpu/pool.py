@@ -250,20 +250,3 @@ class Pool:
         """End the threads, after the job that may be running; `run` raises RequestError then."""
         with self._lock:
             self._stopper()
-
-
-def physical_cores() -> int:
-    """Return the number of physical cores that this process may use."""
-    try:
-        allowed = os.sched_getaffinity(0)
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
-    cores = set()
-    for cpu in allowed:
-        try:
-            path = f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-            with open(path, encoding="ascii") as file:
-                cores.add(file.read().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, len(cores))

@@ -76,7 +76,7 @@ def open_device(number: int, notify: Callable[[str], Any]) -> Device:
 def place(model: Model, plan: Plan, options: RunOptions, device: Device) -> Placement:
     """Return what is to live on a device, as its memory, its speed and the options have it."""
     from ..cpu.bandwidth import Reader
-    from ..cpu.pool import physical_cores
+    from ..cpu.isa import physical_cores
 
     budget = device.memory_free() - RESERVE
     if options.vram_budget is not None:
