@@ -30,7 +30,6 @@ class Finding:
 def examine(bandwidth: bool = True) -> list[Finding]:
     """Look at everything; `bandwidth`: also read memory for a second or two."""
     from ..runtime.cpu import isa
-    from ..runtime.cpu.isa import physical_cores
     from ..runtime.cpu.jit import kernel_cache
 
     found = [
@@ -43,7 +42,7 @@ def examine(bandwidth: bool = True) -> list[Finding]:
     found.append(
         Finding("kernels", f"{isa.ISA} (can run: {', '.join(paths)})", reason if slow else "")
     )
-    cores, cpus = physical_cores(), os.cpu_count() or 1
+    cores, cpus = isa.physical_cores(), os.cpu_count() or 1
     found.append(Finding("cores", f"{cores} used by default, {cpus} logical", _load(cores)))
     found.append(_memory())
     found.append(_cache(kernel_cache()))

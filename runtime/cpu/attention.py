@@ -215,58 +215,66 @@ def _sum_of(args, t, row, head, split, length):
     return arg(args, ATTEND.a) + 4 * head_dim * (t * n_head + head)
 
 
+@inline
+def _over_runs(args, is_k, t, heads, row, split, length, then, scores, scratch):
+    """scores = q . K, or else what _sum_of says += scores . V, over a split; `then`: read next.
+
+    Page after page, since heads are neighbours in it: long runs are what is read fast.
+    """
+    n_head, n_head_kv = arg(args, ATTEND.n_head), arg(args, ATTEND.n_head_kv)
+    head_dim, group = arg(args, ATTEND.head_dim), n_head // n_head_kv
+    head_bytes = head_dim * (2 if arg(args, ATTEND.kv_type) == F16 else 4)
+    cache = arg(args, ATTEND.k_cache) if is_k else arg(args, ATTEND.v_cache)
+    dots, axpys = arg(args, ATTEND.dots), arg(args, ATTEND.axpys)
+    start, end = split * SPLIT, min((split + 1) * SPLIT, length)
+    for j in range(start, end, PAGE):
+        count = min(PAGE, end - j)
+        for head in range(heads[0], heads[1]):
+            run = _run(args, cache, row, j, head)
+            following = _next_run(args, cache, row, j, head, heads, end, then)
+            for i in range(head * group, (head + 1) * group):
+                mine = scores + 4 * (SCORES * i + j - start)
+                if is_k:
+                    q = arg(args, ATTEND.q) + 4 * head_dim * (t * n_head + i)
+                    call_dots(
+                        dots, run, head_bytes, head_dim, 0, count, following, 0, q, 0, scratch, mine
+                    )
+                else:
+                    a = _sum_of(args, t, row, i, split, length)
+                    call_axpys(axpys, run, head_bytes, head_dim, 0, count, following, 0, mine, a)
+
+
 @function
 def _single(args, t, heads, split, scratch):
     """One token and kv heads (first, end) over the SPLIT earlier tokens of a split.
 
     a, or, where there are several splits, partial = sum of exp(score - peak) * v; peak; total.
-    Page after page, since heads are neighbours in it: long runs are what is read fast.
     """
-    n_head, n_head_kv = arg(args, ATTEND.n_head), arg(args, ATTEND.n_head_kv)
-    head_dim, scale = arg(args, ATTEND.head_dim), load_f32(arg(args, ATTEND.scale))
-    head_bytes = head_dim * (2 if arg(args, ATTEND.kv_type) == F16 else 4)
+    n_head_kv, head_dim = arg(args, ATTEND.n_head_kv), arg(args, ATTEND.head_dim)
+    group, scale = arg(args, ATTEND.n_head) // n_head_kv, load_f32(arg(args, ATTEND.scale))
     row = np.int64(load_i32(arg(args, ATTEND.rows) + 4 * t))
     length = np.int64(load_i32(arg(args, ATTEND.positions) + 4 * t)) + 1
-    start, end = split * SPLIT, min((split + 1) * SPLIT, length)
-    group = n_head // n_head_kv
+    start, n = split * SPLIT, min(SPLIT, length - split * SPLIT)
     first, last = heads[0] * group, heads[1] * group  # of q
     scores = scratch + WORK - 4 * SCORES * first
-    cache, dots = arg(args, ATTEND.k_cache), arg(args, ATTEND.dots)
-    then = _run(args, arg(args, ATTEND.v_cache), row, start, heads[0])
-    for j in range(start, end, PAGE):
-        count = min(PAGE, end - j)
-        for head in range(heads[0], heads[1]):
-            k = _run(args, cache, row, j, head)
-            following = _next_run(args, cache, row, j, head, heads, end, then)
-            for i in range(head * group, (head + 1) * group):
-                q = arg(args, ATTEND.q) + 4 * head_dim * (t * n_head + i)
-                to = scores + 4 * (SCORES * i + j - start)
-                call_dots(dots, k, head_bytes, head_dim, 0, count, following, 0, q, 0, scratch, to)
+    v = _run(args, arg(args, ATTEND.v_cache), row, start, heads[0])
+    _over_runs(args, True, t, heads, row, split, length, v, scores, scratch)
     for i in range(first, last):
         mine, a = scores + 4 * SCORES * i, _sum_of(args, t, row, i, split, length)
-        scale_by(mine, end - start, scale)
-        peak = peak_of(mine, end - start)
-        total = exp_below(mine, end - start, peak)
+        scale_by(mine, n, scale)
+        peak = peak_of(mine, n)
+        total = exp_below(mine, n, peak)
         fill_zero(a, head_dim)
         if length > SPLIT:
             store_f32(a + 4 * head_dim, peak)
             store_f32(a + 4 * head_dim + 4, total)
         else:
-            scale_by(mine, end - start, np.float32(1) / total)
-    cache, axpys = arg(args, ATTEND.v_cache), arg(args, ATTEND.axpys)
-    # Of the task that this thread is likely to take next.
+            scale_by(mine, n, np.float32(1) / total)
+    # K of the task that this thread is likely to take next.
     n_heads = heads[1] - heads[0]
     next_head = min(heads[0] + arg(args, ATTEND.n_threads) * n_heads, n_head_kv - 1)
-    then = _run(args, arg(args, ATTEND.k_cache), row, start, next_head)
-    for j in range(start, end, PAGE):
-        count = min(PAGE, end - j)
-        for head in range(heads[0], heads[1]):
-            v = _run(args, cache, row, j, head)
-            following = _next_run(args, cache, row, j, head, heads, end, then)
-            for i in range(head * group, (head + 1) * group):
-                a = _sum_of(args, t, row, i, split, length)
-                weights = scores + 4 * (SCORES * i + j - start)
-                call_axpys(axpys, v, head_bytes, head_dim, 0, count, following, 0, weights, a)
+    k = _run(args, arg(args, ATTEND.k_cache), row, start, next_head)
+    _over_runs(args, False, t, heads, row, split, length, k, scores, scratch)
 
 
 @function
@@ -350,7 +358,7 @@ def _several(args, first, last, head, scratch):
                 store_f32(totals + 4 * i, load_f32(totals + 4 * i) * factor + total)
                 if factor != 1:
                     scale_by(a, head_dim, factor)
-                add_rows(a, head_dim, values, 0, mine, n_seen)
+                add_rows(a, head_dim, values, mine, n_seen)
     for i in range(n_query):
         a = arg(args, ATTEND.a) + 4 * head_dim * np.int64(load_i32(queries + 4 * i))
         scale_by(a, head_dim, np.float32(1) / load_f32(totals + 4 * i))
@@ -391,8 +399,7 @@ def attend(args, control, epoch, thread):
     for t in range(n_tok):
         longest = max(longest, np.int64(load_i32(arg(args, ATTEND.positions) + 4 * t)) + 1)
     n_splits, n_blocks = (longest + SPLIT - 1) // SPLIT, (n_tok + BLOCK - 1) // BLOCK
-    n_heads = max(n_blocks * n_splits * n_head_kv // (_TASKS * arg(args, ATTEND.n_threads)), 1)
-    n_heads = min(n_heads, n_head_kv)
+    n_heads = max(n_head_kv // (_TASKS * arg(args, ATTEND.n_threads)), 1)
     n_pieces = (n_head_kv + n_heads - 1) // n_heads
     n_tasks = n_blocks * n_pieces * n_splits
     while True:

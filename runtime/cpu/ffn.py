@@ -215,11 +215,16 @@ def _neurons(args, rows, first, n_rows, scratch):
 
 
 @function
-def _list_fired(args, n_rows):
-    """List the neurons whose rows of down are read, and their act; count what is read."""
+def list_fired(args, t, n_rows):
+    """List the neurons of a token whose rows of down are read, and their act; count what is read.
+
+    n_rows: how many of the decider were.
+    """
     n_ff = arg(args + 8 * FFN.decider, MATRIX.rows)
     act, fired, totals = arg(args, FFN.act), arg(args, FFN.fired), arg(args, FFN.totals)
     active, values, n = arg(args, FFN.active), arg(args, FFN.values), 0
+    act, fired = act + 4 * n_ff * t, fired + n_ff * t
+    active, values = active + 4 * n_ff * t, values + 4 * n_ff * t
     n_up = list_rows(fired, 0, n_ff, active)
     for i in range(n_up):  # drelu: up may have silenced some
         row = row_number(active, i)
@@ -235,7 +240,7 @@ def _list_fired(args, n_rows):
         for row in range(n_ff):
             store_i32(active + 4 * row, np.int32(row))
             store_f32(values + 4 * row, load_f32(act + 4 * row))
-    store_i32(arg(args, FFN.n_active), np.int32(n))
+    store_i32(arg(args, FFN.n_active) + 4 * t, np.int32(n))
 
 
 @inline
@@ -350,7 +355,7 @@ def ffn(args, control, epoch, thread):
         n = min(size, n_rows - first)
         _neurons(args, listed, 0 if has_mask else first, n, scratch)
         if finish(control, 1) == n_tasks - 1:
-            _list_fired(args, n_rows)
+            list_fired(args, 0, n_rows)
             if is_part:
                 fill_zero(arg(args, FFN.x), n_embd)
             if arg(args, FFN.is_transposed) == 0:

@@ -21,6 +21,7 @@ from .ffn import (
     activate16,
     add_listed,
     decide,
+    list_fired,
     list_rows,
     multiply,
     pack_act,
@@ -42,9 +43,6 @@ from .matmul import (
 from .pool import finish, take, wait
 from .rows import clear_flags, pack_stride, row_number
 from .simd import (
-    append_numbers,
-    append_values,
-    atomic_add,
     count_ones,
     load_f32,
     load_f32x16,
@@ -172,47 +170,17 @@ def _all_of_up(args, start, n_rows, scratch):
 
 
 @function
-def _list_token(args, t):
-    """active [t] = the token's neurons, values [t] = their act; count what it read."""
-    decider, kind = args + 8 * FFN.decider, arg(args, FFN.activation)
-    n_ff = arg(decider, MATRIX.rows)
-    fired, act = arg(args, FFN.fired) + t * n_ff, arg(args, FFN.act) + 4 * t * n_ff
-    active, values = arg(args, FFN.active) + 4 * t * n_ff, arg(args, FFN.values) + 4 * t * n_ff
-    is_dense, n, n_up = arg(args, FFN.is_dense) != 0, 0, 0
-    for row in range(0, 0 if is_dense else n_ff - 15, 16):
-        flags, x = fired + row, load_f32x16(act + 4 * row)
-        append_values(values + 4 * n, flags, x)
-        n += append_numbers(active + 4 * n, flags, np.int32(row))
-    n_up = n
-    for row in range(0 if is_dense else n_ff // 16 * 16, n_ff):
-        flag = np.int64(load_u8(fired + row) != 0)
-        store_i32(active + 4 * n, np.int32(row))
-        store_f32(values + 4 * n, load_f32(act + 4 * row))
-        n_up += flag
-        n += 1 if is_dense else flag
-    n_down = n_up
-    if kind == DRELU:  # up may have silenced some
-        n_down = 0
-        for i in range(n):
-            row = load_i32(active + 4 * i)
-            has_fired = load_u8(fired + row) == FIRED
-            if not is_dense:
-                store_i32(active + 4 * n_down, row)
-                store_f32(values + 4 * n_down, load_f32(values + 4 * i))
-            n_down += np.int64(has_fired)
-    store_i32(arg(args, FFN.n_active) + 4 * t, np.int32(n if is_dense else n_down))
-    n_read, mask = n_ff, arg(args, FFN.mask) + t * n_ff
-    if arg(args, FFN.has_mask) != 0:
-        n_read = 0
-        for row in range(0, n_ff - 7, 8):
-            n_read += count_ones(load_i64(mask + row))
-        for row in range(n_ff // 8 * 8, n_ff):
-            n_read += np.int64(load_u8(mask + row))
-    totals = arg(args, FFN.totals)
-    atomic_add(totals, 1)
-    atomic_add(totals + 8, n_read)
-    atomic_add(totals + 16, n_up)
-    atomic_add(totals + 24, n_down)
+def _n_read(args, t):
+    """Return how many rows of the decider a token wants."""
+    n_ff, mask = arg(args + 8 * FFN.decider, MATRIX.rows), arg(args, FFN.mask)
+    if arg(args, FFN.has_mask) == 0:
+        return n_ff
+    mask, n = mask + t * n_ff, 0
+    for row in range(0, n_ff - 7, 8):
+        n += count_ones(load_i64(mask + row))
+    for row in range(n_ff // 8 * 8, n_ff):
+        n += np.int64(load_u8(mask + row))
+    return n
 
 
 @function
@@ -263,10 +231,32 @@ def _rows_of(task, n_tasks, n_threads, size, n_rows):
     return first, min(size, n_rows - first)
 
 
-@inline
-def _size_of_own(n_rows, n_threads):
-    """Return how many rows of a list make a task."""
-    return min(max(n_rows // (8 * n_threads * ROWS) * ROWS, LEAST), MOST)
+@function
+def _multiply_rows(args, control, phase, epoch, is_own, n_rows, scratch):
+    """Take the decider's rows (phase 1), or those of up, by tasks. Like wait().
+
+    is_own: n_rows of a list, of which each token takes its own; else the first n_rows, all of them.
+    """
+    n_tok, n_threads = np.int64(load_i32(arg(args, FFN.counts))), arg(args, FFN.n_threads)
+    n_embd, rows = arg(args + 8 * FFN.decider, MATRIX.cols), arg(args, FFN.rows)
+    size = rows_per_task(n_rows, n_embd, n_threads, n_tok)
+    if is_own:
+        size = min(max(n_rows // (8 * n_threads * ROWS) * ROWS, LEAST), MOST)
+    n_tasks = _n_tasks(n_rows, size, n_threads)
+    while True:
+        task = take(control, phase, epoch, n_tasks)
+        if task < 0:
+            return wait(control, phase, epoch, n_tasks)
+        first, count = _rows_of(task, n_tasks, n_threads, size, n_rows)
+        if count > 0:
+            if is_own:
+                behind = n_rows - first - count
+                _own_rows(args, phase == 1, rows + 4 * first, count, behind, scratch)
+            elif phase == 1:
+                _all_of_decider(args, first, count, scratch)
+            else:
+                _all_of_up(args, first, count, scratch)
+        finish(control, phase)
 
 
 @job
@@ -277,12 +267,10 @@ def ffn_batch(args, control, epoch, thread):
     4 list each token's, 5 down by columns; or, in the standard layout of down, 4 pack act, 5 down.
     """
     n_tok = np.int64(load_i32(arg(args, FFN.counts)))
-    decider, up = args + 8 * FFN.decider, args + 8 * FFN.up
+    decider, n_rows_at = args + 8 * FFN.decider, arg(args, FFN.n_rows)
     n_ff, n_embd = arg(decider, MATRIX.rows), arg(decider, MATRIX.cols)
-    n_rows_at, is_dense = arg(args, FFN.n_rows), arg(args, FFN.is_dense) != 0
-    has_mask, rows = arg(args, FFN.has_mask) != 0, arg(args, FFN.rows)
+    has_mask, is_dense = arg(args, FFN.has_mask) != 0, arg(args, FFN.is_dense) != 0
     scratch = arg(args, FFN.scratch) + thread * arg(args, FFN.scratch_bytes)
-    n_threads = arg(args, FFN.n_threads)
 
     n_tasks = 1 + n_tok
     while True:
@@ -298,22 +286,7 @@ def ffn_batch(args, control, epoch, thread):
         return
 
     n_rows = np.int64(load_i32(n_rows_at)) if has_mask else n_ff
-    size = rows_per_task(n_rows, n_embd, n_threads, n_tok)
-    if has_mask:
-        size = _size_of_own(n_rows, n_threads)
-    n_tasks = _n_tasks(n_rows, size, n_threads)
-    while True:
-        task = take(control, 1, epoch, n_tasks)
-        if task < 0:
-            break
-        first, count = _rows_of(task, n_tasks, n_threads, size, n_rows)
-        if count > 0:
-            if has_mask:
-                _own_rows(args, True, rows + 4 * first, count, n_rows - first - count, scratch)
-            else:
-                _all_of_decider(args, first, count, scratch)
-        finish(control, 1)
-    if not wait(control, 1, epoch, n_tasks):
+    if not _multiply_rows(args, control, 1, epoch, has_mask, n_rows, scratch):
         return
 
     n_tasks = 0 if is_dense else 1
@@ -327,29 +300,15 @@ def ffn_batch(args, control, epoch, thread):
         return
 
     n_rows = n_ff if is_dense else np.int64(load_i32(n_rows_at + 4))
-    size = rows_per_task(n_rows, n_embd, n_threads, n_tok)
-    if not is_dense:
-        size = _size_of_own(n_rows, n_threads)
-    n_tasks = _n_tasks(n_rows, size, n_threads) if arg(up, MATRIX.data) != 0 else 0
-    while True:
-        task = take(control, 3, epoch, n_tasks)
-        if task < 0:
-            break
-        first, count = _rows_of(task, n_tasks, n_threads, size, n_rows)
-        if count > 0:
-            if is_dense:
-                _all_of_up(args, first, count, scratch)
-            else:
-                _own_rows(args, False, rows + 4 * first, count, n_rows - first - count, scratch)
-        finish(control, 3)
-    if not wait(control, 3, epoch, n_tasks):
+    n_rows = n_rows if arg(args + 8 * FFN.up, MATRIX.data) != 0 else 0
+    if not _multiply_rows(args, control, 3, epoch, not is_dense, n_rows, scratch):
         return
 
     while True:
         t = take(control, 4, epoch, n_tok)
         if t < 0:
             break
-        _list_token(args, t)
+        list_fired(args, t, _n_read(args, t))
         if arg(args, FFN.is_transposed) == 0:
             pack_act(args, t)
         finish(control, 4)

@@ -280,16 +280,16 @@ def add_to(y, x, first, last):
 
 
 @function
-def add_rows(y, width, piece, numbers, values, count):
-    """y [width] += sum of values [count] * float32 rows [width], by numbers (0: in order)."""
+def add_rows(y, width, rows, values, count):
+    """y [width] += sum of values [count] * float32 rows [width], one after the other."""
     stride, column = 4 * width, 0
     while column + 64 <= width:  # 4 vectors at a time: wider pieces were slower to read
-        at, w = y + 4 * column, piece + 4 * column
+        at, w = y + 4 * column, rows + 4 * column
         a, b = load_f32x16(at), load_f32x16(at + 64)
         c, d = load_f32x16(at + 128), load_f32x16(at + 192)
         for i in range(count):
             v = splat(load_f32(values + 4 * i))
-            r = w + row_number(numbers, i) * stride
+            r = w + i * stride
             a, b = fma(v, load_f32x16(r), a), fma(v, load_f32x16(r + 64), b)
             c, d = fma(v, load_f32x16(r + 128), c), fma(v, load_f32x16(r + 192), d)
         store_f32x16(at, a)
@@ -300,14 +300,14 @@ def add_rows(y, width, piece, numbers, values, count):
     while column + 16 <= width:
         total = load_f32x16(y + 4 * column)
         for i in range(count):
-            r = piece + 4 * column + row_number(numbers, i) * stride
+            r = rows + 4 * column + i * stride
             total = fma(splat(load_f32(values + 4 * i)), load_f32x16(r), total)
         store_f32x16(y + 4 * column, total)
         column += 16
     while column < width:
         one = load_f32(y + 4 * column)
         for i in range(count):
-            r = piece + 4 * column + row_number(numbers, i) * stride
+            r = rows + 4 * column + i * stride
             one = fma1(load_f32(values + 4 * i), load_f32(r), one)
         store_f32(y + 4 * column, one)
         column += 1

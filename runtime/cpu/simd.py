@@ -377,10 +377,6 @@ def max16(b, x):
 _BYTES = ir.VectorType(i8, 16)
 
 
-def _are_set(b: Any, flags: Any) -> Any:
-    return b.icmp_signed("!=", load(b, flags, _BYTES), constant(_BYTES, 0))
-
-
 def _store_flags(b: Any, flags: Any, are_set: Any) -> None:
     b.store(b.zext(are_set, _BYTES), b.inttoptr(flags, _BYTES.as_pointer()), align=1)
 
@@ -397,30 +393,10 @@ def where_at_least(b, x, y):
     return b.select(b.fcmp_ordered(">=", x, y), x, constant(F32x16.llvm, 0.0))
 
 
-@op(F32x16, F32x16, intp)
-def where_set(b, x, flags):
-    """x where flags [16] are not 0, else 0."""
-    return b.select(_are_set(b, flags), x, constant(F32x16.llvm, 0.0))
-
-
 @op(void, intp, F32x16)
 def store_not_zero(b, flags, x):
     """flags [16] = x != 0, as 0 or 1."""
     _store_flags(b, flags, b.fcmp_unordered("!=", x, constant(F32x16.llvm, 0.0)))
-
-
-def _append(b: Any, at: Any, x: Any, is_set: Any) -> None:
-    # All 16 lanes are stored: to store just those that are set takes AMD's cores 100 times as long.
-    kind = "i32" if x.type == I32x16.llvm else "f32"
-    packed = call(
-        b,
-        f"llvm.experimental.vector.compress.v16{kind}",
-        x.type,
-        x,
-        is_set,
-        ir.Constant(x.type, ir.Undefined),
-    )
-    b.store(packed, b.inttoptr(at, x.type.as_pointer()), align=1)
 
 
 @op(int64, intp, intp, int32)
@@ -429,16 +405,14 @@ def append_numbers(b, numbers, flags, first):
 
     There must be room for 16; behind what is appended anything may be written.
     """
-    is_set = _are_set(b, flags)
-    lanes = b.add(splat_to(b, first, I32x16.llvm), ir.Constant(I32x16.llvm, list(range(16))))
-    _append(b, numbers, lanes, is_set)
+    vector = I32x16.llvm
+    is_set = b.icmp_signed("!=", load(b, flags, _BYTES), constant(_BYTES, 0))
+    lanes = b.add(splat_to(b, first, vector), ir.Constant(vector, list(range(16))))
+    # All 16 lanes are stored: to store just those that are set takes AMD's cores 100 times as long.
+    name, rest = "llvm.experimental.vector.compress.v16i32", ir.Constant(vector, ir.Undefined)
+    packed = call(b, name, vector, lanes, is_set, rest)
+    b.store(packed, b.inttoptr(numbers, vector.as_pointer()), align=1)
     return call(b, "llvm.ctpop.i64", i64, b.zext(b.bitcast(is_set, i16), i64))
-
-
-@op(void, intp, intp, F32x16)
-def append_values(b, values, flags, x):
-    """Append the lanes of x that have a flag [16] at `values`, with room for 16 there."""
-    _append(b, values, x, _are_set(b, flags))
 
 
 @op(int64, int64)
