@@ -125,7 +125,7 @@ def test_layout_of_our_kernels(tmp_path):
     bodies = dict(module._bodies((module.FOLDER / "common.cuh").read_text("utf-8")))
     for source in module.FOLDER.glob("*.cu"):
         bodies |= module._bodies(source.read_text("utf-8"))
-    used = {*(k.struct for k in found), "Matrix", "Packed"}
+    used = {*(k.struct for k in found), "Matrix", "Packed", "Rope"}
     text = "".join(f"struct {n} {{{body}}};\n" for n, body in bodies.items() if n in used)
     assert read_layout(found) == compiled_layout(text, found, tmp_path)
 

@@ -202,13 +202,9 @@ class Rope(Case):
         q, k, v = (sim.array(x, name) for x, name in zip(self.qkv, "qkv", strict=True))
         size = (self.step.n_pages, self.n_head_kv, 32, self.head_dim)
         k_cache, v_cache = (sim.empty(size, self.type, f"{name}_cache") for name in "kv")
-        return {"q": q, "k": k_cache, "v": v_cache}, {
+        rope = {
             **self.step.on(sim, "counts", "rows", "positions", "pages"),
             "pages_cols": self.step.pages.shape[1],
-            "q": q,
-            "k": k,
-            "v": v,
-            **{f"{name}_stride": x.shape[1] for name, x in zip("qkv", self.qkv, strict=True)},
             "n_head": self.n_head,
             "n_head_kv": self.n_head_kv,
             "head_dim": self.head_dim,
@@ -217,6 +213,13 @@ class Rope(Case):
             "is_neox": self.kind == "neox",
             "k_cache": k_cache,
             "v_cache": v_cache,
+        }
+        return {"q": q, "k": k_cache, "v": v_cache}, {
+            "q": q,
+            "k": k,
+            "v": v,
+            **{f"{name}_stride": x.shape[1] for name, x in zip("qkv", self.qkv, strict=True)},
+            "rope": rope,
         }
 
     def expected(self):
@@ -333,7 +336,7 @@ def test_indices_beyond_an_int():
     caches = beyond_an_int((2, far + case.step.n_pages, 1, 32, 64), np.float16)
     _, fields = case.put(simulator())
     for name, cache_ in zip(("k_cache", "v_cache"), caches, strict=True):
-        fields[name] = simulator().register(cache_, name)
+        fields["rope"][name] = simulator().register(cache_, name)
     launch(simulator(), case.kernel, case.grid(), **fields)
     case.step.pages[case.step.pages != NOWHERE] -= far
     expected = case.expected()
@@ -431,8 +434,8 @@ FAULTS = {
     ),
     "a pair too many": (
         "rope_append",
-        "i >= p.head_dim / 2",
-        "i > p.head_dim / 2",
+        "i >= rope.head_dim / 2",
+        "i > rope.head_dim / 2",
         "race",
     ),
     "an element too many": ("add_parts", "if (i >= p.n) return;", "", "out of bounds"),

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from cuda_case import launch, packed
+from cuda_case import Step, launch, packed
 from cuda_operands import FORMATS, NO_TF32, Inputs, Weights, close_enough, only, pack, product
 from cusim.sim import SimError, load, unavailable
+from powerinfer.runtime import reference
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 
@@ -201,6 +202,78 @@ def test_check_finds_nothing_where_it_is_packed(suffix):
     PackedProduct(simulator("gemv", check=True), suffix, 64, COLS[suffix][1], 2, ADD).check()
 
 
+class RopeProduct(Product):
+    """q, k and v of the tokens of several texts, and what rope.cuh does with them."""
+
+    def __init__(self, sim, suffix, cols, shape=(3, 2, 70), half=16, kind="neox", kv="f16"):
+        self.heads, self.head_dim = [shape[0], shape[1], shape[1]], shape[2]
+        self.step = Step(np.random.default_rng(half), [(31, 1), (0, 1), (64, 1)], room=2)
+        rows, n_tok = sum(self.heads) * self.head_dim, self.step.n_tok_max
+        super().__init__(sim, "gemv", suffix, rows, cols, n_tok, has_bias=half % 3 == 1)
+        self.plain, self.rows, self.kind = self.kernel, rows, kind
+        self.kernel, self.type = (
+            f"gemv_rope_{suffix}_{kv}",
+            np.float16 if kv == "f16" else np.float32,
+        )
+        angles = np.random.default_rng(cols).uniform(0, 7, (70, half))
+        self.table = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+        self.grid = -(-rows // 8), n_tok
+
+    def run(self, order_seed=None):
+        """Return y, and the caches of K and V, which begin as bytes 0xFF."""
+        size = (self.step.n_pages, self.heads[1], 32, self.head_dim)
+        caches = [self.sim.empty(size, self.type, f"{name}_cache") for name in "kv"]
+        y = self.sim.array(self.before, "y")
+        rope = {
+            **self.step.on(self.sim, "counts", "rows", "positions", "pages"),
+            "pages_cols": self.step.pages.shape[1],
+            "n_head": self.heads[0],
+            "n_head_kv": self.heads[1],
+            "head_dim": self.head_dim,
+            "table": self.sim.array(self.table, "table"),
+            "half": self.table.shape[2],
+            "is_neox": self.kind == "neox",
+            "k_cache": caches[0],
+            "v_cache": caches[1],
+        }
+        product = {**self.fields, "y": y}
+        launch(self.sim, self.kernel, self.grid, order_seed, product=product, rope=rope)
+        return [y.numpy(), *(cache.numpy() for cache in caches)]
+
+    def check(self, order_seed=None):
+        """As the reference rotates, and rounds, what gemv gives: to the bit."""
+        n, step, made = self.step.n_tok, self.step, self.sim.array(self.before, "y")
+        launch(self.sim, self.plain, self.grid, **self.fields, y=made)
+        made = made.numpy()[:n, : self.rows].reshape(n, -1, self.head_dim)
+        q, k, v = np.split(made, np.cumsum(self.heads)[:2], axis=1)
+        table, y = self.table[step.positions[:n]], self.before.copy()
+        y[:n, : q[0].size] = reference.rope(q, table, self.kind).reshape(n, -1)
+        pages = step.pages[step.rows[:n], step.positions[:n] // 32]
+        found = self.run(order_seed)
+        np.testing.assert_array_equal(found[0], y)
+        for ours, rows in zip(found[1:], (reference.rope(k, table, self.kind), v), strict=True):
+            theirs = np.zeros_like(ours)
+            theirs.view(np.uint8)[...] = 0xFF
+            theirs[pages, :, step.positions[:n] % 32] = rows
+            assert ours.tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["norm", "neox"])
+@pytest.mark.parametrize("kv", ["f16", "f32"])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_products_rotated(suffix, kv, kind):
+    for cols, (shape, half) in zip(
+        COLS[suffix], (((3, 1, 80), 16), ((2, 2, 32), 16), ((4, 2, 10), 2)), strict=False
+    ):
+        for seed in (None, 1):
+            RopeProduct(simulator("gemv"), suffix, cols, shape, half, kind, kv).check(seed)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_check_finds_nothing_where_it_is_rotated(suffix):
+    RopeProduct(simulator("gemv", check=True), suffix, COLS[suffix][1]).check()
+
+
 FAULTS = {
     # (file, format, cols, text, what it becomes): the kind of fault that the check finds
     "a row too many": (
@@ -268,6 +341,18 @@ FAULTS = {
         ),
         "race",
     ),
+    "a head too many": (
+        ("gemv_rope", "q4_0", 96, "if (head >= rope.n_head + 2 * rope.n_head_kv) return;", ""),
+        "out of bounds",
+    ),
+    "every lane rotates": (
+        ("gemv_rope", "q4_0", 96, "if (lane_id() == 0) placed.put", "placed.put"),
+        "race",
+    ),
+    "q of the first head": (
+        ("gemv_rope", "q4_0", 96, "product.y_stride + first);", "product.y_stride);"),
+        "race",
+    ),
     "blocks of the first token": (
         ("gemv_packed", "q4_0", 96, "(long long)blockIdx.y * gridDim.x + blockIdx.x", "blockIdx.x"),
         "race",
@@ -277,11 +362,13 @@ FAULTS = {
 
 def planted(kind, suffix, cols, text, becomes, check=False, **options):
     """Return a product of a kernel that has a fault."""
-    source = kind.removesuffix("_packed")
+    source = kind.split("_")[0]
     replace = {text: becomes, **only(suffix, source.upper())}
     sim = load(f"{source}.cu", check=check, replace=replace)
-    if source != kind:
+    if kind == "gemv_packed":
         return PackedProduct(sim, suffix, 96, cols, 2)
+    if kind == "gemv_rope":
+        return RopeProduct(sim, suffix, cols)
     return Product(sim, kind, suffix, 67, cols, 3, **options)
 
 
@@ -317,6 +404,12 @@ WRONG = {
     ),
     "the rows of a warp the other way round": (
         "gemv_packed", "q4_0", 96, "GEMV_ROWS + lane_id()]", "GEMV_ROWS + 1 - lane_id()]",
+    ),
+    "the rows of a pair side by side": (
+        "gemv_rope", "q4_0", 96, "first + pair.second}", "first + pair.first + 1}",
+    ),
+    "a bias of the first head": (
+        "gemv_rope", "q4_0", 96, "product.bias[rows[r]]", "product.bias[rows[r] - first]",
     ),
     "packed before its relu": (
         "gemv_packed", "q4_0", 96,

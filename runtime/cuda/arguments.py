@@ -7,7 +7,8 @@ knows only what the conventions allow, and refuses the rest:
     struct gemv_args { const float* x; Matrix w; int rows; float scale; long long stride; };
     extern "C" __global__ void __launch_bounds__(256) gemv_f16(const gemv_args p)
 
-A struct X_args belongs to the kernels X and X_format. Kernels may be made by a macro.
+A struct X_args belongs to the kernels X, X_format and X_format_format. Kernels may be made by a
+macro.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ def parse(text: str, source: str = "source", common: str = "") -> list[Kernel]:
     launches = _launches(text, source)
     found = []
     for name, struct in _kernels(text):
-        if struct not in (f"{name}_args", *(f"{name.removesuffix('_' + f)}_args" for f in FORMATS)):
+        formats = rf"(_({'|'.join(FORMATS)})){{0,2}}"
+        if not re.fullmatch(struct.removesuffix("_args") + formats, name):
             raise SourceError(f"{source}: {name} takes {struct}, which is not named after it")
         if struct not in launches:
             raise SourceError(f"{source}: {name} lacks a comment '// launch: grid (...), block N'")

@@ -43,6 +43,21 @@ struct Packed {
     int* s;          // [n_tok][cols / 32]
 };
 
+// Where q, k and v of tokens go, rotated: rope.cuh.
+struct Rope {
+    const int* counts;
+    const int* rows;          // [n_tok]
+    const int* positions;     // [n_tok]
+    const int* pages;         // [n_seq][pages_cols]
+    int pages_cols;
+    int n_head, n_head_kv, head_dim;
+    const float* table;       // [context][2][half]: cos and sin
+    int half;                 // rope_dim / 2; 0: nothing is rotated
+    int is_neox;              // pairs are (i, i + half), else (2i, 2i + 1)
+    unsigned char* k_cache;   // the layer's, see cache.cuh
+    unsigned char* v_cache;
+};
+
 __device__ inline int lane_id() { return threadIdx.x % WARP; }
 __device__ inline int warp_id() { return threadIdx.x / WARP; }
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }

@@ -1,9 +1,9 @@
 // What is done to the rows of single tokens: embedding, norms, rounding, rope, sums.
 // In all kernels `counts` points at the number of tokens: Step.counts, or, where the tokens are
 // those whose logits are wanted, its second number. The grid may have more tokens than there are.
-#include "cache.cuh"
 #include "formats.cuh"
 #include "pack.cuh"
+#include "rope.cuh"
 
 struct embed_args {
     const int* counts;
@@ -197,62 +197,32 @@ extern "C" __global__ void __launch_bounds__(256) pack(const pack_args p) {
 }
 
 struct rope_append_args {
-    const int* counts;
-    const int* rows;          // [n_tok]
-    const int* positions;     // [n_tok]
-    const int* pages;         // [n_seq][pages_cols]
-    int pages_cols;
-    float* q;                 // [n_tok][q_stride]; its first n_head * head_dim are rotated in place
-    const float* k;           // [n_tok][k_stride], n_head_kv * head_dim of them
-    const float* v;           // [n_tok][v_stride], n_head_kv * head_dim of them
+    Rope rope;
+    float* q;        // [n_tok][q_stride]; its first n_head * head_dim are rotated in place
+    const float* k;  // [n_tok][k_stride], n_head_kv * head_dim of them
+    const float* v;  // [n_tok][v_stride], n_head_kv * head_dim of them
     int q_stride, k_stride, v_stride;
-    int n_head, n_head_kv, head_dim;
-    const float* table;       // [context][2][half]: cos and sin
-    int half;                 // rope_dim / 2; 0: nothing is rotated
-    int is_neox;              // pairs are (i, i + half), else (2i, 2i + 1)
-    unsigned char* k_cache;   // the layer's, see cache.cuh
-    unsigned char* v_cache;
 };
 
-// (a, b) = (a cos - b sin, a sin + b cos) for the pairs of the first 2 * half dimensions of each
-// head of q and k (arXiv 2104.09864); k and v go into the cache, rounded half to even.
+// q, k and v as rope.cuh says. Of a single token gemv_rope makes them so.
 // Bytes a token: q read and written, k and v read, once more written in the cache's type.
 //
 // launch: grid (n_head + 2 * n_head_kv, n_tok), block 128
 template <class T> __device__ inline void rope_append(const rope_append_args& p) {
     const int t = blockIdx.y, head = blockIdx.x, i = threadIdx.x;  // of a pair; head_dim <= 256
+    const Pair pair(p.rope, head, i);
     int position, sequence;
     after_predecessors();
-    if (!find_token(p.counts, p.positions, p.rows, t, position, sequence)) return;
-    if (i >= p.head_dim / 2) return;
-    const bool is_q = head < p.n_head, is_v = head >= p.n_head + p.n_head_kv;
-    const bool is_rotated = i < p.half && !is_v, is_apart = is_rotated && p.is_neox;
-    const int first = is_apart ? i : 2 * i, second = is_apart ? i + p.half : 2 * i + 1;
-    const int kv_head = head - p.n_head - is_v * p.n_head_kv;  // of k and v
-    float* q = p.q + (long long)t * p.q_stride + head * p.head_dim;
-    const float* kv = (is_v ? p.v + (long long)t * p.v_stride : p.k + (long long)t * p.k_stride) +
-                      kv_head * p.head_dim;
-    const float* from = is_q ? q : kv;
-    const float* table = p.table + 2ll * position * p.half;
-    float a = from[first], b = from[second];
-    const float cos = is_rotated ? table[i] : 1, sin = is_rotated ? table[p.half + i] : 0;
-    const auto rotate = [&] {
-        if (!is_rotated) return;
-        // Each product rounded, as everywhere else: a compiler's fma would make another K of it.
-        const float before = a;
-        a = __fsub_rn(__fmul_rn(a, cos), __fmul_rn(b, sin));
-        b = __fadd_rn(__fmul_rn(before, sin), __fmul_rn(b, cos));
-    };
-    if (is_q) {
-        rotate();
-        q[first] = a, q[second] = b;
-    } else {
-        const int* pages = p.pages + (long long)sequence * p.pages_cols;
-        T* cache = (T*)(is_v ? p.v_cache : p.k_cache) +
-                   cache_index(pages, position, kv_head, p.n_head_kv, p.head_dim);
-        rotate();  // not before: the page need not wait for what is rotated
-        put(cache + first, a), put(cache + second, b);
-    }
+    const Rope& rope = p.rope;
+    if (!find_token(rope.counts, rope.positions, rope.rows, t, position, sequence)) return;
+    if (i >= rope.head_dim / 2) return;
+    float* q = p.q + (long long)t * p.q_stride + head * rope.head_dim;
+    const float* kv = (pair.is_v ? p.v + (long long)t * p.v_stride
+                                 : p.k + (long long)t * p.k_stride) +
+                      pair.kv_head * rope.head_dim;
+    const float* from = pair.is_q ? q : kv;
+    const float a = from[pair.first], b = from[pair.second];
+    PlacedPair<T>(rope, pair, position, sequence).put(a, b, q);
 }
 
 extern "C" __global__ void __launch_bounds__(128) rope_append_f16(const rope_append_args p) {

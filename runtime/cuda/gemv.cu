@@ -1,6 +1,7 @@
 // One token's matrix-vector products (a few tokens': the same again, for each).
 #include "formats.cuh"
 #include "pack.cuh"
+#include "rope.cuh"
 
 struct gemv_args {
     Matrix w;
@@ -75,6 +76,42 @@ template <class F> __device__ inline void gemv_packed(const gemv_packed_args& p)
     pack_block<1>({results[lane_id()]}, p.packed, block);
 }
 
+struct gemv_rope_args {
+    gemv_args product;  // of q, k and v, one behind the other; y: [n_tok][y_stride], only q is written
+    Rope rope;
+};
+
+// q, k and v as above, and then as rope.cuh says: else another kernel would have to follow.
+// Bytes: w and x as above; q written, k and v in the cache's type.
+//
+// A warp takes the two rows of a pair. What is needed for them afterwards it asks for before it
+// multiplies: that is on its way for as long as the rows are.
+//
+// launch: grid (ceil(rows / 8), n_tok), block 128
+template <class F, class T> __device__ inline void gemv_rope(const gemv_rope_args& p) {
+    const gemv_args& product = p.product;
+    const Rope& rope = p.rope;
+    const int t = blockIdx.y, pairs = rope.head_dim / 2;  // of a head
+    const int number = blockIdx.x * (GEMV_THREADS / WARP) + warp_id(), head = number / pairs;
+    if (head >= rope.n_head + 2 * rope.n_head_kv) return;
+    const Pair pair(rope, head, number - head * pairs);
+    const int first = head * rope.head_dim;
+    const int rows[GEMV_ROWS] = {first + pair.first, first + pair.second};
+#pragma unroll
+    for (int r = 0; r < GEMV_ROWS; r++) prefetch_rows<F>(product.w, rows[r], 1);
+    int position, sequence;
+    after_predecessors();
+    if (!find_token(rope.counts, rope.positions, rope.rows, t, position, sequence)) return;
+    const PlacedPair<T> placed(rope, pair, position, sequence);
+    float sums[GEMV_ROWS], y[GEMV_ROWS];
+#pragma unroll
+    for (int r = 0; r < GEMV_ROWS; r++) y[r] = product.bias ? product.bias[rows[r]] : 0;
+    dot_rows<F>(product.w, rows, Input{product.x, product.x_packed, product.w.cols}.token(t), sums);
+#pragma unroll
+    for (int r = 0; r < GEMV_ROWS; r++) y[r] += sums[r];
+    if (lane_id() == 0) placed.put(y[0], y[1], product.y + (long long)t * product.y_stride + first);
+}
+
 #define GEMV(suffix, F)                                                                            \
     extern "C" __global__ void __launch_bounds__(128) gemv_##suffix(const gemv_args p) {           \
         gemv<F, GEMV_THREADS>(p);                                                                  \
@@ -82,6 +119,14 @@ template <class F> __device__ inline void gemv_packed(const gemv_packed_args& p)
     extern "C" __global__ void __launch_bounds__(512)                                              \
         gemv_packed_##suffix(const gemv_packed_args p) {                                           \
         gemv_packed<F>(p);                                                                         \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(128)                                              \
+        gemv_rope_##suffix##_f16(const gemv_rope_args p) {                                         \
+        gemv_rope<F, unsigned short>(p);                                                           \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(128)                                              \
+        gemv_rope_##suffix##_f32(const gemv_rope_args p) {                                         \
+        gemv_rope<F, float>(p);                                                                    \
     }
 GEMV(q4_0, Q4_0)
 GEMV(q8_0, Q8_0)

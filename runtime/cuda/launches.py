@@ -236,11 +236,13 @@ class Builder:
         y_stride: int | None = None,
         of_outputs: bool = False,
         packed: tuple[int, int, int] | None = None,
+        rope: Mapping[str, Any] | None = None,
     ) -> Launches:
         """y (op) x @ w^T + biases, one behind the other.
 
         `y_stride`: floats from one row of y to the next, if those have more than these rows of w.
-        `packed`: where y goes, rounded, too; of one token only.
+        Of one token only: `packed`: where y goes, rounded, too; `rope`: y is q, k and v, for which
+        all is done that a Rope says.
         """
         values = {
             "w": w,
@@ -257,11 +259,14 @@ class Builder:
             n_tok=self._counts(of_outputs),
             **values,
         )
-        if packed is None:
-            one = _launch(f"gemv_{w.suffix}", lambda n: (_parts(w.rows, 8), n), **values)
-        else:
+        if packed is not None:
             name, both = f"gemv_packed_{w.suffix}", {"product": values, "packed": packed}
             one = _launch(name, lambda n: (w.rows // 32, n), **both)
+        elif rope is not None:
+            name, both = f"gemv_rope_{w.suffix}_{self._kv}", {"product": values, "rope": rope}
+            one = _launch(name, lambda n: (_parts(w.rows, 8), n), **both)
+        else:
+            one = _launch(f"gemv_{w.suffix}", lambda n: (_parts(w.rows, 8), n), **values)
         return Launches([one], [many])
 
     def _counts(self, of_outputs: bool) -> int:
@@ -318,26 +323,34 @@ class Builder:
         parts = ((layer.wq, layer.bq), (layer.wk, layer.bk), (layer.wv, layer.bv))
         width, first = sum(weight.rows for weight, _ in parts), 0
         # One product of what has one format: a matrix on its own is too small to keep a GPU busy.
-        for _, group in itertools.groupby(parts, lambda part: (part[0].type, part[1] is None)):
+        groups = [
+            list(group)
+            for _, group in itertools.groupby(parts, lambda part: (part[0].type, part[1] is None))
+        ]
+        rope = {
+            "table": at["rope"],
+            "half": self._plan.rope.shape[2],
+            "is_neox": int(c.traits.rope == "neox"),
+            **self._where(),
+            **self._heads(),
+            **cache,
+        }
+        for group in groups:
             weights, biases = zip(*group, strict=True)
             w, y = self._load.matrix(*weights), at["qkv"] + 4 * first
-            launches += self._product(w, normed, y, STORE, *biases, y_stride=width)
+            alone = rope if len(groups) == 1 else None
+            launches += self._product(w, normed, y, STORE, *biases, y_stride=width, rope=alone)
             first += w.rows
-        rope = _launch(
+        append = _launch(
             f"rope_append_{self._kv}",
             lambda n: (c.n_head + 2 * c.n_head_kv, n),
             q=at["qkv"],
             k=at["qkv"] + 4 * layer.wq.rows,
             v=at["qkv"] + 4 * (layer.wq.rows + layer.wk.rows),
             **dict.fromkeys(("q_stride", "k_stride", "v_stride"), width),
-            table=at["rope"],
-            half=self._plan.rope.shape[2],
-            is_neox=int(c.traits.rope == "neox"),
-            **self._where(),
-            **self._heads(),
-            **cache,
+            rope=rope,
         )
-        return launches + _always(rope)
+        return launches + Launches([append] if len(groups) > 1 else [], [append])
 
     def _attend(self, cache: dict[str, int], wo: Tensor) -> Launches:
         """Softmax over the cache; of one token rounded, too, where wo wants it."""
