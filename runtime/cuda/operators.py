@@ -25,8 +25,9 @@ from ..footprint import BLOCK, workspace
 from ..formats import U8Array
 from ..plan import Placement
 from .ahead import AheadTape
+from .builder import Builder
 from .device import Device, Slab, Uploader
-from .launches import Builder, Launches, LayerLaunches, blocks_in
+from .launches import Launches, LayerLaunches, blocks_in
 from .loading import Loader
 from .replace import BlockResidency, Replacer
 from .streaming import Streaming

@@ -17,8 +17,9 @@ from ..backend import Plan
 from ..footprint import BLOCK, neuron_tensors, planes, window_bytes
 from ..plan import Placement
 from ..weights import Layer
+from .builder import Builder
 from .device import Device, Event, Slab, Stream, Uploader, aligned
-from .launches import ADD, STORE, Builder, Launch, LayerLaunches, Window
+from .launches import ADD, STORE, Launch, LayerLaunches, Window
 from .loading import Loader, device_matrix
 
 # Products that a desktop's CPU does (250e9 a second) while a byte is repacked and crosses the bus
