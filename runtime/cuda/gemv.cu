@@ -77,7 +77,7 @@ template <class F> __device__ inline void gemv_packed(const gemv_packed_args& p)
 }
 
 struct gemv_rope_args {
-    gemv_args product;  // of q, k and v, one behind the other; y: [n_tok][y_stride], only q is written
+    gemv_args product;  // of q, k and v, one behind the other; of y only q is written
     Rope rope;
 };
 

@@ -1,7 +1,7 @@
 // What becomes of a token's q, k and v: rotary positions (arXiv 2104.09864), and the cache.
 //
-//   (a, b) = (a cos - b sin, a sin + b cos)  for pairs of the first 2 * half dimensions of each head
-//   of q and k; k and v go into the cache, rounded half to even.
+//   (a, b) = (a cos - b sin, a sin + b cos)   for pairs of the first 2 * half dimensions of each
+//   head of q and k; k and v go into the cache, rounded half to even.
 #pragma once
 #include "cache.cuh"
 
@@ -20,8 +20,7 @@ struct Pair {
     }
 };
 
-// Where a pair's cos and sin, and its place in the cache, come from: loads that do not wait for what
-// is rotated.
+// A pair's cos and sin, and its place in the cache: loaded before there is anything to rotate.
 template <class T> struct PlacedPair {
     const Pair& pair;
     float cos, sin;
@@ -30,7 +29,8 @@ template <class T> struct PlacedPair {
     __device__ PlacedPair(const Rope& p, const Pair& pair, int position, int sequence)
         : pair(pair) {
         const float* table = p.table + 2ll * position * p.half;
-        cos = pair.is_rotated ? table[pair.i] : 1, sin = pair.is_rotated ? table[p.half + pair.i] : 0;
+        cos = pair.is_rotated ? table[pair.i] : 1;
+        sin = pair.is_rotated ? table[p.half + pair.i] : 0;
         if (pair.is_q) return;
         const int* pages = p.pages + (long long)sequence * p.pages_cols;
         cache = (T*)(pair.is_v ? p.v_cache : p.k_cache) +
@@ -40,7 +40,7 @@ template <class T> struct PlacedPair {
     // `q`: of the head, where it is one of q's.
     __device__ void put(float a, float b, float* q) const {
         if (pair.is_rotated) {
-            // Each product rounded, as everywhere else: a compiler's fma would make another K of it.
+            // Each product rounded, as everywhere else: an fma would make another K of it.
             const float before = a;
             a = __fsub_rn(__fmul_rn(a, cos), __fmul_rn(b, sin));
             b = __fadd_rn(__fmul_rn(before, sin), __fmul_rn(b, cos));
