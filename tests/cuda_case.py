@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from cusim.sim import Simulator
+from powerinfer.runtime import reference
 from powerinfer.runtime.cache import PAGE
 from powerinfer.runtime.cuda import arguments
 from powerinfer.runtime.formats import BLOCK_SIZES, GGMLType
@@ -81,3 +82,53 @@ class Step:
         """Return pages and slots of the positions of a sequence, this step's included."""
         positions = np.arange(self.lengths[row])
         return self.pages[row, positions // PAGE], positions % PAGE
+
+
+class Rotation:
+    """The Rope of a step's tokens, with random angles, and what becomes of q, k and v by it.
+
+    `shape`: n_head, n_head_kv, head_dim; `type_`: the cache's dtype.
+    """
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        step: Step,
+        shape: tuple[int, int, int],
+        half: int,
+        kind: str,
+        type_: type[np.floating],
+    ) -> None:
+        self.step, self.shape, self.kind, self.type = step, shape, kind, type_
+        angles = rng.uniform(0, 7, (70, half))
+        self.table = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+    def _cache_size(self) -> tuple[int, ...]:
+        return self.step.n_pages, self.shape[1], PAGE, self.shape[2]
+
+    def on(self, sim: Simulator) -> dict[str, Any]:
+        """Return the fields of the Rope, with caches that nothing is written to."""
+        n_head, n_head_kv, head_dim = self.shape
+        return {
+            **self.step.on(sim, "counts", "rows", "positions", "pages"),
+            "pages_cols": self.step.pages.shape[1],
+            "n_head": n_head,
+            "n_head_kv": n_head_kv,
+            "head_dim": head_dim,
+            "table": sim.array(self.table, "table"),
+            "half": self.table.shape[2],
+            "is_neox": self.kind == "neox",
+            "k_cache": sim.empty(self._cache_size(), self.type, "k_cache"),
+            "v_cache": sim.empty(self._cache_size(), self.type, "v_cache"),
+        }
+
+    def expected(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return q as it is rotated, and both caches, of [n_tok, heads, head_dim] each."""
+        n, step = self.step.n_tok, self.step
+        rows, positions = step.rows[:n], step.positions[:n]
+        table, pages = self.table[positions], step.pages[rows, positions // PAGE]
+        k_cache, v_cache = np.zeros((2, *self._cache_size()), self.type)
+        k_cache.view(np.uint8)[...] = v_cache.view(np.uint8)[...] = 0xFF  # not written
+        k_cache[pages, :, positions % PAGE] = reference.rope(k, table, self.kind)
+        v_cache[pages, :, positions % PAGE] = v
+        return reference.rope(q, table, self.kind), k_cache, v_cache

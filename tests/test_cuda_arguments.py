@@ -224,8 +224,17 @@ def test_launches_and_names_are_checked():
     ]:
         with pytest.raises(SourceError, match=re.escape(message)):
             one("int a;", launch)
-    with pytest.raises(SourceError, match="k2 takes k_args, which is not named after it"):
-        one("int a;", kernel=PLAIN.replace(" k(", " k2("))
+    assert one("int a;", kernel=PLAIN.replace(" k(", " k_q4_0_f16("))[0].struct == "k_args"
+    for name, struct in (
+        ("k2", "k_args"),
+        ("k_q4_0_f16_f16", "k_args"),
+        ("k", "k"),
+        ("k", "k_argsk"),
+    ):
+        with pytest.raises(
+            SourceError, match=f"{name} takes {struct}, which is not named after it"
+        ):
+            one("int a;", kernel=PLAIN.replace(" k(const k_args", f" {name}(const {struct}"))
     with pytest.raises(SourceError, match="of one kernel"):
         one("int a;", kernel=PLAIN + "// launch: grid (1), block 64")
     # The comment above another kernel is not this one's.

@@ -6,7 +6,7 @@ from functools import cache
 import cuda_case
 import numpy as np
 import pytest
-from cuda_case import NOT_PACKED, NOWHERE, Step, launch
+from cuda_case import NOT_PACKED, NOWHERE, Rotation, Step, launch
 from cuda_operands import FORMATS, Weights, close_enough, only, pack
 from cusim.sim import SimError, load, unavailable
 from powerinfer.runtime import reference
@@ -186,35 +186,21 @@ class Rope(Case):
 
     def __init__(self, shape=(3, 1, 80), half=16, kind="neox", type_="f16"):
         rng = np.random.default_rng(half)
-        (self.n_head, self.n_head_kv, self.head_dim), self.half = shape, half
-        self.kind, self.type, self.kernel = kind, TYPES[type_], f"rope_append_{type_}"
+        self.n_head, self.n_head_kv, self.head_dim = shape
+        self.kernel = f"rope_append_{type_}"
         self.step = Step(rng, [(31, 2), (0, 3), (64, 1)], ROOM)
         n = self.step.n_tok_max
         widths = [self.n_head * self.head_dim, *2 * [self.n_head_kv * self.head_dim]]
         self.qkv = [rng.standard_normal((n, w + i + 1), np.float32) for i, w in enumerate(widths)]
-        angles = rng.uniform(0, 7, (70, half))
-        self.table = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+        self.rotation = Rotation(rng, self.step, shape, half, kind, TYPES[type_])
 
     def grid(self):
         return self.n_head + 2 * self.n_head_kv, self.step.n_tok_max
 
     def put(self, sim):
         q, k, v = (sim.array(x, name) for x, name in zip(self.qkv, "qkv", strict=True))
-        size = (self.step.n_pages, self.n_head_kv, 32, self.head_dim)
-        k_cache, v_cache = (sim.empty(size, self.type, f"{name}_cache") for name in "kv")
-        rope = {
-            **self.step.on(sim, "counts", "rows", "positions", "pages"),
-            "pages_cols": self.step.pages.shape[1],
-            "n_head": self.n_head,
-            "n_head_kv": self.n_head_kv,
-            "head_dim": self.head_dim,
-            "table": sim.array(self.table, "table"),
-            "half": self.half,
-            "is_neox": self.kind == "neox",
-            "k_cache": k_cache,
-            "v_cache": v_cache,
-        }
-        return {"q": q, "k": k_cache, "v": v_cache}, {
+        rope = self.rotation.on(sim)
+        return {"q": q, "k": rope["k_cache"], "v": rope["v_cache"]}, {
             "q": q,
             "k": k,
             "v": v,
@@ -223,21 +209,14 @@ class Rope(Case):
         }
 
     def expected(self):
-        n, step = self.step.n_tok, self.step
-        rows, positions = step.rows[:n], step.positions[:n]
+        n = self.step.n_tok
         q, k, v = (
             x[:n, : heads * self.head_dim].reshape(n, heads, self.head_dim)
             for x, heads in zip(self.qkv, (self.n_head, *2 * [self.n_head_kv]), strict=True)
         )
-        table = self.table[positions]
+        rotated, k_cache, v_cache = self.rotation.expected(q, k, v)
         all_q = self.qkv[0].copy()
-        all_q[:n, : q[0].size] = reference.rope(q, table, self.kind).reshape(n, -1)
-        size = (step.n_pages, self.n_head_kv, 32, self.head_dim)
-        k_cache, v_cache = np.zeros((2, *size), self.type)
-        k_cache.view(np.uint8)[...] = v_cache.view(np.uint8)[...] = 0xFF  # not written
-        pages = step.pages[rows, positions // 32]
-        k_cache[pages, :, positions % 32] = reference.rope(k, table, self.kind)
-        v_cache[pages, :, positions % 32] = v
+        all_q[:n, : q[0].size] = rotated.reshape(n, -1)
         return {"q": all_q, "k": k_cache, "v": v_cache}
 
 

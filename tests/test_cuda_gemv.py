@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from cuda_case import Step, launch, packed
+from cuda_case import Rotation, Step, launch, packed
 from cuda_operands import FORMATS, NO_TF32, Inputs, Weights, close_enough, only, pack, product
 from cusim.sim import SimError, load, unavailable
-from powerinfer.runtime import reference
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 
@@ -207,54 +206,31 @@ class RopeProduct(Product):
 
     def __init__(self, sim, suffix, cols, shape=(3, 2, 70), half=16, kind="neox", kv="f16"):
         self.heads, self.head_dim = [shape[0], shape[1], shape[1]], shape[2]
-        self.step = Step(np.random.default_rng(half), [(31, 1), (0, 1), (64, 1)], room=2)
-        rows, n_tok = sum(self.heads) * self.head_dim, self.step.n_tok_max
-        super().__init__(sim, "gemv", suffix, rows, cols, n_tok, has_bias=half % 3 == 1)
-        self.plain, self.rows, self.kind = self.kernel, rows, kind
-        self.kernel, self.type = (
-            f"gemv_rope_{suffix}_{kv}",
-            np.float16 if kv == "f16" else np.float32,
-        )
-        angles = np.random.default_rng(cols).uniform(0, 7, (70, half))
-        self.table = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-        self.grid = -(-rows // 8), n_tok
+        rng, self.rows = np.random.default_rng(half), sum(self.heads) * self.head_dim
+        self.step = Step(rng, [(31, 1), (0, 1), (64, 1)], room=2)
+        n_tok, has_bias = self.step.n_tok_max, half % 3 == 1
+        super().__init__(sim, "gemv", suffix, self.rows, cols, n_tok, has_bias=has_bias)
+        self.plain, self.kernel = self.kernel, f"gemv_rope_{suffix}_{kv}"
+        type_ = np.float16 if kv == "f16" else np.float32
+        self.rotation = Rotation(rng, self.step, shape, half, kind, type_)
 
     def run(self, order_seed=None):
         """Return y, and the caches of K and V, which begin as bytes 0xFF."""
-        size = (self.step.n_pages, self.heads[1], 32, self.head_dim)
-        caches = [self.sim.empty(size, self.type, f"{name}_cache") for name in "kv"]
-        y = self.sim.array(self.before, "y")
-        rope = {
-            **self.step.on(self.sim, "counts", "rows", "positions", "pages"),
-            "pages_cols": self.step.pages.shape[1],
-            "n_head": self.heads[0],
-            "n_head_kv": self.heads[1],
-            "head_dim": self.head_dim,
-            "table": self.sim.array(self.table, "table"),
-            "half": self.table.shape[2],
-            "is_neox": self.kind == "neox",
-            "k_cache": caches[0],
-            "v_cache": caches[1],
-        }
+        y, rope = self.sim.array(self.before, "y"), self.rotation.on(self.sim)
         product = {**self.fields, "y": y}
         launch(self.sim, self.kernel, self.grid, order_seed, product=product, rope=rope)
-        return [y.numpy(), *(cache.numpy() for cache in caches)]
+        return [array.numpy() for array in (y, rope["k_cache"], rope["v_cache"])]
 
     def check(self, order_seed=None):
         """As the reference rotates, and rounds, what gemv gives: to the bit."""
-        n, step, made = self.step.n_tok, self.step, self.sim.array(self.before, "y")
+        n, made = self.step.n_tok, self.sim.array(self.before, "y")
         launch(self.sim, self.plain, self.grid, **self.fields, y=made)
         made = made.numpy()[:n, : self.rows].reshape(n, -1, self.head_dim)
         q, k, v = np.split(made, np.cumsum(self.heads)[:2], axis=1)
-        table, y = self.table[step.positions[:n]], self.before.copy()
-        y[:n, : q[0].size] = reference.rope(q, table, self.kind).reshape(n, -1)
-        pages = step.pages[step.rows[:n], step.positions[:n] // 32]
-        found = self.run(order_seed)
-        np.testing.assert_array_equal(found[0], y)
-        for ours, rows in zip(found[1:], (reference.rope(k, table, self.kind), v), strict=True):
-            theirs = np.zeros_like(ours)
-            theirs.view(np.uint8)[...] = 0xFF
-            theirs[pages, :, step.positions[:n] % 32] = rows
+        rotated, *caches = self.rotation.expected(q, k, v)
+        y = self.before.copy()
+        y[:n, : q[0].size] = rotated.reshape(n, -1)
+        for ours, theirs in zip(self.run(order_seed), (y, *caches), strict=True):
             assert ours.tobytes() == theirs.tobytes()
 
 

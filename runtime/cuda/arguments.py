@@ -26,6 +26,7 @@ import numpy as np
 FOLDER = Path(__file__).parent
 COMMON = "common.cuh"
 FORMATS = ("q4_0", "q8_0", "q6_k", "f16", "f32")
+_UP_TO_TWO = rf"(_({'|'.join(FORMATS)})){{0,2}}"
 
 _SCALARS = {"int": "<i4", "float": "<f4", "long long": "<i8"}
 _POINTEES = {*_SCALARS, "unsigned char", "signed char", "unsigned short"}
@@ -140,8 +141,8 @@ def parse(text: str, source: str = "source", common: str = "") -> list[Kernel]:
     launches = _launches(text, source)
     found = []
     for name, struct in _kernels(text):
-        formats = rf"(_({'|'.join(FORMATS)})){{0,2}}"
-        if not re.fullmatch(struct.removesuffix("_args") + formats, name):
+        stem, is_args, rest = struct.partition("_args")
+        if not is_args or rest or not re.fullmatch(stem + _UP_TO_TWO, name):
             raise SourceError(f"{source}: {name} takes {struct}, which is not named after it")
         if struct not in launches:
             raise SourceError(f"{source}: {name} lacks a comment '// launch: grid (...), block N'")

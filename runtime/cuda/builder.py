@@ -67,8 +67,7 @@ class Builder:
 
     def __init__(self, plan: Plan, load: Loader, at: Mapping[str, int]) -> None:
         self._plan, self._load, self._at = plan, load, at
-        self._is_f32 = plan.cache.k.dtype == np.float32
-        self._kv = "f32" if self._is_f32 else "f16"
+        self._kv = "f32" if plan.cache.k.dtype == np.float32 else "f16"
         self._output: DeviceMatrix | None = None
 
     def layer(self, il: int, place: LayerPlacement) -> LayerLaunches:

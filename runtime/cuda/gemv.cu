@@ -92,9 +92,9 @@ template <class F, class T> __device__ inline void gemv_rope(const gemv_rope_arg
     const gemv_args& product = p.product;
     const Rope& rope = p.rope;
     const int t = blockIdx.y, pairs = rope.head_dim / 2;  // of a head
-    const int number = blockIdx.x * (GEMV_THREADS / WARP) + warp_id(), head = number / pairs;
+    const int nth = blockIdx.x * (GEMV_THREADS / WARP) + warp_id(), head = nth / pairs;
     if (head >= rope.n_head + 2 * rope.n_head_kv) return;
-    const Pair pair(rope, head, number - head * pairs);
+    const Pair pair(rope, head, nth - head * pairs);
     const int first = head * rope.head_dim;
     const int rows[GEMV_ROWS] = {first + pair.first, first + pair.second};
 #pragma unroll
