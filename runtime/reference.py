@@ -28,7 +28,7 @@ def activate(kind: str, x: F32Array, threshold: float = 0.0) -> F32Array:
     if kind in ("relu", "drelu"):
         return np.maximum(x, np.float32(0))
     if kind == "fatrelu":
-        return np.where(x >= np.float32(threshold), x, np.float32(0))
+        return np.where(x < np.float32(threshold), np.float32(0), x)
     if kind == "relu2":
         return np.square(np.maximum(x, np.float32(0)))
     if kind == "silu":
@@ -187,7 +187,7 @@ class Reference:
         step = self.plan.step
         thresholds = step.thresholds[step.rows[:n], il]  # [n_tok]
         b.scores[:n] = self._matmul(hidden, w.fc2, w.fc2_bias)
-        b.mask[:n] = b.scores[:n] >= thresholds[:, None]
+        b.mask[:n] = ~(b.scores[:n] < thresholds[:, None])  # NaN counts: damage must show
 
     def audit(self, il: int) -> None:
         token = self.plan.step.audit[0]

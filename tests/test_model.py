@@ -116,6 +116,32 @@ def test_padded_predictor_rank_changes_no_score(tiny_gguf):
     assert fc1.float32()[:40].any(axis=1).all()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("outtype", ["f16", "q4_0"])
+@pytest.mark.parametrize(
+    "name", ["attn_q", "attn_k", "attn_v", "ffn_norm", "ffn_gate", "ffn_down_t"]
+)
+def test_damage_shows_in_the_logits(name, outtype, value, tiny_gguf, tmp_path):
+    """Weights, or blocks' scales, that are no numbers are not rounded or compared away."""
+    path, ids = tiny_gguf("gqa", outtype, True), tiny.token_ids()[:20]
+    file = GGUFFile(path)
+    tensor = file.tensors[f"blk.0.{name}.weight"]
+    bad = np.array([value], np.float32 if tensor.type == GGMLType.F32 else np.float16)
+    rows = tensor.data
+    start = file.data_offset + rows.ctypes.data - file.data.ctypes.data
+    damaged = np.fromfile(path, np.uint8)
+    damaged_rows = damaged[start : start + rows.size].reshape(rows.shape)
+    damaged_rows[:, : bad.nbytes] = bad.view(np.uint8)
+    path = tmp_path / "damaged.gguf"
+    damaged.tofile(path)
+    with np.errstate(all="ignore"):
+        expected = np.isfinite(logits(path, ids, backend="numpy")).all(axis=1)
+    assert not expected.all()
+    for chunk in (64, 1):
+        found = np.isfinite(logits(path, ids, backend="cpu", chunk=chunk)).all(axis=1)
+        assert found.tolist() == expected.tolist()
+
+
 def test_kv_type(tiny_gguf):
     ids = tiny.token_ids()
     path = tiny_gguf("mha", "f16")

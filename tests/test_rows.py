@@ -146,6 +146,19 @@ def test_packing_in_pieces():
         assert np.array_equal(whole, pieces)
 
 
+def test_packing_what_is_not_finite():
+    """A block with such a number has a scale that is none; the others are as before."""
+    for bad in (np.nan, np.inf, -np.inf):
+        for at in range(32, 64):
+            x = np.ones(96, np.float32)
+            x[at] = bad
+            out = np.zeros(rows.pack_bytes(96), np.uint8)
+            one = np.ones(64, np.int8)
+            pack(x.ctypes.data, 96, out.ctypes.data, one.ctypes.data)
+            scales = out[: 4 * 3].view(np.float32)
+            assert np.isfinite(scales).tolist() == [True, False, True], (bad, at)
+
+
 def test_lists_of_rows():
     """Some rows in any order, or all from the first on: the same sums, weighed the same."""
     rng = np.random.default_rng(11)

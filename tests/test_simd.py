@@ -93,6 +93,9 @@ def check_exp():
     out = np.empty_like(x)
     exponentials(len(x), address(x), address(out))
     np.testing.assert_allclose(out, np.exp(np.maximum(x, -87.3)), rtol=3e-7)
+    x[::16] = np.nan
+    exponentials(len(x), address(x), address(out))
+    assert np.array_equal(np.isnan(out), np.isnan(x))
     for n in (1, 15, 16, 17, 100):
         y = np.random.default_rng(n).standard_normal(n + 16).astype(np.float32) * 10
         expected = np.exp(y[:n].astype(np.float64) - y[:n].max())

@@ -65,7 +65,7 @@ from .simd import (
     store_f32x16,
     store_i32,
     store_u8,
-    where_at_least,
+    where_not_below,
 )
 
 LANES = 8  # at most, of at least GROUP rows
@@ -104,7 +104,7 @@ def activate(kind, x, threshold):
     if kind == GELU:
         return np.float32(0.5 * x * (1.0 + math.erf(x * 0.7071067811865476)))
     if kind == FATRELU:
-        return x if x >= threshold else np.float32(0)
+        return np.float32(0) if x < threshold else x
     x = max(x, np.float32(0))
     return x * x if kind == RELU2 else x
 
@@ -118,7 +118,7 @@ def activate16(kind, x, threshold):
         return
     values, zero = load_f32x16(x), splat(np.float32(0))
     if kind == FATRELU:
-        values = where_at_least(values, splat(threshold))
+        values = where_not_below(values, splat(threshold))
     else:
         values = maximum(values, zero)
         if kind == RELU2:

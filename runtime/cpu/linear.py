@@ -27,8 +27,8 @@ from .simd import (
     load_f32x16,
     load_i32,
     splat,
-    store_at_least,
     store_f32,
+    store_not_below,
     store_u8,
 )
 
@@ -233,10 +233,10 @@ def predict(args, control, epoch, thread):
             threshold, at = load_f32(thresholds + sequence * stride), t * n_ff
             for i in range(start, end - 15, 16):
                 score = load_f32x16(scores + 4 * (at + i))
-                store_at_least(mask + at + i, score, splat(threshold))
+                store_not_below(mask + at + i, score, splat(threshold))
             for i in range(start + (end - start) // 16 * 16, end):
-                is_taken = load_f32(scores + 4 * (at + i)) >= threshold
-                store_u8(mask + at + i, np.uint8(is_taken))
+                is_below = load_f32(scores + 4 * (at + i)) < threshold
+                store_u8(mask + at + i, np.uint8(not is_below))
         finish(control, 3)
         task = following
     wait(control, 3, epoch, n_tasks)

@@ -47,6 +47,7 @@ from .simd import (
     dot_nibbles,
     fma,
     fma1,
+    largest_magnitude,
     load_bf16,
     load_bf16x16,
     load_f16,
@@ -60,8 +61,7 @@ from .simd import (
     load_u8,
     load_u8x16,
     low_bits,
-    max16,
-    maximum,
+    max16_magnitude,
     mul,
     or_i32,
     prefetch,
@@ -126,7 +126,7 @@ def pack_piece(x, n, out, ones, first, end):
         low, high, scale = zero, zero, np.float32(0)
         if block * 32 < n:
             low, high = load_f32x16(x + 128 * block), load_f32x16(x + 128 * block + 64)
-            amax = max16(maximum(absolute(low), absolute(high)))
+            amax = max16_magnitude(largest_magnitude(high, absolute(low)))
             if amax < SMALLEST_AMAX:
                 amax = np.float32(0)
             scale = amax / np.float32(127)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -318,7 +319,8 @@ def fma1(b, x, y, z):
 
 @op(F32x16, F32x16, F32x16)
 def maximum(b, x, y):
-    return b.select(b.fcmp_ordered(">", x, y), x, y)
+    """The larger of x and y; NaN where x is."""
+    return b.select(b.fcmp_ordered(">", y, x), y, x)
 
 
 @op(F32x16, F32x16, F32x16)
@@ -360,16 +362,28 @@ def sum16(b, x):
     return b.extract_element(x, ir.Constant(i32, 0))
 
 
-@op(float32, F32x16)
-def max16(b, x):
-    """Return the largest of the 16 elements."""
+def _largest(b: Any, x: Any, is_more: Callable[[Any, Any], Any]) -> Any:
     n = 16
     while n > 1:
         n //= 2
         low = shuffle(b, x, x, list(range(n)))
         high = shuffle(b, x, x, list(range(n, 2 * n)))
-        x = b.select(b.fcmp_ordered(">", low, high), low, high)
+        x = b.select(is_more(low, high), low, high)
     return b.extract_element(x, ir.Constant(i32, 0))
+
+
+@op(float32, F32x16)
+def max16(b, x):
+    """Return the largest of the 16 elements; NaN among them may be passed over."""
+    return _largest(b, x, lambda low, high: b.fcmp_ordered(">", low, high))
+
+
+@op(float32, F32x16)
+def max16_magnitude(b, x):
+    """Return the largest of 16 elements that are not negative; NaN if one is."""
+    bits = b.bitcast(x, I32x16.llvm)
+    largest = _largest(b, bits, lambda low, high: b.icmp_signed(">", low, high))
+    return b.bitcast(largest, float_)
 
 
 # -- flags: one byte for each of 16 lanes ------------------------------------------------------
@@ -382,15 +396,15 @@ def _store_flags(b: Any, flags: Any, are_set: Any) -> None:
 
 
 @op(void, intp, F32x16, F32x16)
-def store_at_least(b, flags, x, y):
-    """flags [16] = x >= y, as 0 or 1."""
-    _store_flags(b, flags, b.fcmp_ordered(">=", x, y))
+def store_not_below(b, flags, x, y):
+    """flags [16] = x >= y, as 0 or 1; 1 where x is NaN."""
+    _store_flags(b, flags, b.fcmp_unordered(">=", x, y))
 
 
 @op(F32x16, F32x16, F32x16)
-def where_at_least(b, x, y):
-    """x where x >= y, else 0."""
-    return b.select(b.fcmp_ordered(">=", x, y), x, constant(F32x16.llvm, 0.0))
+def where_not_below(b, x, y):
+    """x where x >= y or x is NaN, else 0."""
+    return b.select(b.fcmp_unordered(">=", x, y), x, constant(F32x16.llvm, 0.0))
 
 
 @op(void, intp, F32x16)

@@ -16,7 +16,7 @@ constexpr int PAGE = 32;                      // positions in a page of the KV c
 constexpr unsigned char FIRED = 1, HALF_FIRED = 2;
 
 // FFN activations, of the decider x. Of the first four a neuron is exactly silent for most tokens.
-//   relu max(x, 0); fatrelu x >= threshold ? x : 0; drelu relu(gate) * relu(up); relu2 relu(x)^2
+//   relu max(x, 0); fatrelu x < threshold ? 0 : x; drelu relu(gate) * relu(up); relu2 relu(x)^2
 enum Activation { RELU, FATRELU, DRELU, RELU2, SILU, GELU };
 
 // What becomes of a result r: y = r, y += r, y = max(r, 0).

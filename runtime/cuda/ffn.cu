@@ -23,7 +23,7 @@ struct compact_args {
     int il;                   // the layer
 };
 
-// mask[t][n] = scores[t][n] >= thresholds[rows[t]][il]
+// mask[t][n] = scores[t][n] >= thresholds[rows[t]][il]; a score that is NaN is, one of -inf never
 // list[t] = the n with mask[t][n] and slot[n / 64] >= 0; heat, which may wrap, += mask
 // Bytes a token: n_ff * (4 + 3), and 4 a listed neuron; block b reads 2048 * b more, of the caches.
 //
@@ -51,14 +51,14 @@ extern "C" __global__ void __launch_bounds__(512) compact(const compact_args p) 
         const int b = from + lane_id();
         return __ballot_sync(ALL_LANES, b < block && slot(b) >= 0);
     };
-    const float never = __int_as_float(0x7fffffff);  // NaN: reaches no threshold
+    const float never = __int_as_float(0xff800000), lowest = -3.402823466e38f;  // -infinity
     after_predecessors();
     // No row is negative: as in find_token, its load does not wait for the number of tokens.
     const int n_tok = *p.n_tok, table_row = p.rows[t];
     unsigned resident = which_are_resident(0);
     if ((t >= n_tok) | (table_row < 0)) return;
     const float threshold =
-        p.scores ? p.thresholds[(long long)table_row * p.n_layer + p.il] : 0;
+        p.scores ? fmaxf(p.thresholds[(long long)table_row * p.n_layer + p.il], lowest) : 0;
     const float mine = n < p.n_ff ? score(block) : never;
     const int my_slot = n < p.n_ff ? slot(block) : -1;
     int n_hot = 0, n_not = 0;  // before this block
@@ -72,13 +72,13 @@ extern "C" __global__ void __launch_bounds__(512) compact(const compact_args p) 
         }
 #pragma unroll
         for (int k = 0; k < WARP; k++) {
-            const bool predicted = theirs[k] >= threshold, is_there = resident >> k & 1;
+            const bool predicted = !(theirs[k] < threshold), is_there = resident >> k & 1;
             n_hot += predicted && is_there;
             n_not += predicted && !is_there;
         }
     }
 
-    const bool predicted = mine >= threshold, listed = predicted && my_slot >= 0;
+    const bool predicted = !(mine < threshold), listed = predicted && my_slot >= 0;
     const unsigned all = __ballot_sync(ALL_LANES, listed);
     const unsigned others = __ballot_sync(ALL_LANES, predicted && !listed);
     if (n < p.n_ff) {

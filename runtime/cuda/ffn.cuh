@@ -22,7 +22,7 @@ __device__ inline void count(long long* counters, Counter which, int n) {
 __device__ inline float activate(int kind, float x, float threshold) {
     const float positive = x < 0 ? 0 : x;
     switch (kind) {
-        case FATRELU: return x >= threshold ? x : 0;
+        case FATRELU: return x < threshold ? 0 : x;
         case RELU2: return positive * positive;
         case SILU: return x / (1 + expf(-x));
         case GELU: return float(double(x * 0.5f) * (1 + erf(double(x / 1.41421356f))));
