@@ -1,5 +1,8 @@
 """Whether a GPU is used, and how much of it; what is said about it, and without one."""
 
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -11,6 +14,7 @@ from fake_device import FakeDevice
 from powerinfer.runtime.config import RunOptions
 from powerinfer.runtime.cpu import bandwidth
 from powerinfer.runtime.cuda import choose, detect
+from powerinfer.runtime.cuda.arguments import FOLDER
 from powerinfer.runtime.cuda.device import DeviceError
 from powerinfer.runtime.engine import Engine
 from powerinfer.runtime.errors import RequestError
@@ -91,6 +95,49 @@ def test_what_cannot_be(device, tiny_gguf):
     engine, said = opened(path, gpu=3)
     with engine as llm:
         assert llm.backend == "cpu" and said[-1] == "no GPU 3: there are 0; running on the CPU"
+
+
+@pytest.mark.parametrize("most", [30, 16])
+def test_heads_that_the_kernels_have_no_room_for(device, tiny_gguf, monkeypatch, most):
+    path = tiny_gguf("gqa", "f16", True)  # heads of 32
+    monkeypatch.setattr(choose, "MAX_HEAD_DIM", most)
+    engine, said = opened(path)
+    with engine as llm:
+        assert llm.backend == "cpu"
+    text = f"kernels take heads of even sizes up to {most}, and this model's have 32"
+    assert text in said[-1] and said[-1].endswith("; running on the CPU")
+    with pytest.raises(RequestError, match=text):
+        opened(path, backend="cuda")
+
+
+def test_odd_heads_are_for_the_cpu(device):
+    for head_dim, is_fine in ((15, False), (16, True), (256, True), (257, False), (258, False)):
+        model = SimpleNamespace(config=SimpleNamespace(head_dim=head_dim))
+        with nullcontext() if is_fine else pytest.raises(RequestError, match="even sizes"):
+            assert choose._open(model, 0, print) is device
+    assert f"MAX_HEAD_DIM = {choose.MAX_HEAD_DIM};" in (FOLDER / "attention.cu").read_text()
+
+
+def test_a_gpu_that_cannot_be_opened(device, tiny_gguf, monkeypatch):
+    """The CPU does it all, and it is said why; an error for those who asked for the GPU."""
+    path = tiny_gguf("gqa", "f16", True)
+
+    def fails(number, notify):
+        raise DeviceError("a fake GPU: out of memory")
+
+    monkeypatch.setattr(choose, "open_device", fails)
+    engine, said = opened(path)
+    with engine as llm:
+        assert llm.backend == "cpu" and said[-1] == "a fake GPU: out of memory; running on the CPU"
+    with pytest.raises(DeviceError, match="out of memory"):
+        opened(path, backend="cuda")
+
+
+def test_a_cupy_that_does_not_load(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.delitem(sys.modules, "powerinfer.runtime.cuda.gpu", raising=False)
+    with pytest.raises(DeviceError, match="no GPU: CuPy cannot be imported"):
+        choose.open_device(0, print)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "numpy"])

@@ -20,6 +20,7 @@ from .device import Device, DeviceError
 from .operators import CUDA
 
 RESERVE = 512 << 20  # bytes of free GPU memory that are left to others, without a budget
+MAX_HEAD_DIM = 256  # numbers of a head that attention.cu has room for
 _PROBE = 256 << 20  # bytes that are copied to see how fast the device's memory is
 
 
@@ -33,23 +34,20 @@ def open_gpu(
     """Return the GPU's backend, or None where the CPU is to do all; `notify` is told which and why.
 
     RequestError where a GPU was asked for (--backend cuda) and there is none that can be used;
-    DeviceError where it fails.
+    DeviceError where it fails once it has been opened.
     """
     must = options.backend == "cuda"
     if options.backend == "cpu" or options.gpu is None or options.vram_budget == 0:
         if must:
             raise RequestError("the backend cuda needs a GPU, and memory on it that it may use")
         return None
-    found = detect.find()
-    reason = found.reason
-    if not reason and options.gpu not in [gpu.number for gpu in found.gpus]:
-        reason = f"no GPU {options.gpu}: there are {', '.join(str(g.number) for g in found.gpus)}"
-    if reason:
+    try:
+        device = _open(model, options.gpu, notify)
+    except (RequestError, DeviceError) as error:
         if must:
-            raise RequestError(reason)
-        notify(f"{reason}; running on the CPU")
+            raise
+        notify(f"{error}; running on the CPU")
         return None
-    device = open_device(options.gpu, notify)
     try:
         placement = place(model, plan, options, device)
         if placement.gpu_layers:
@@ -66,10 +64,30 @@ def open_gpu(
     return None
 
 
-def open_device(number: int, notify: Callable[[str], Any]) -> Device:
-    """Return GPU `number`, kernels compiled."""
-    from .gpu import GPU  # CuPy takes half a second to import
+def _open(model: Model, number: int, notify: Callable[[str], Any]) -> Device:
+    """Return GPU `number`; RequestError or DeviceError, which say why, if it cannot run a model."""
+    found = detect.find()
+    if found.reason:
+        raise RequestError(found.reason)
+    if number not in [gpu.number for gpu in found.gpus]:
+        raise RequestError(
+            f"no GPU {number}: there are {', '.join(str(gpu.number) for gpu in found.gpus)}"
+        )
+    head_dim = model.config.head_dim
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        raise RequestError(
+            f"no GPU can be used: its kernels take heads of even sizes up to {MAX_HEAD_DIM}, and "
+            f"this model's have {head_dim}"
+        )
+    return open_device(number, notify)
 
+
+def open_device(number: int, notify: Callable[[str], Any]) -> Device:
+    """Return GPU `number`, kernels compiled; DeviceError if it cannot be used."""
+    try:
+        from .gpu import GPU  # CuPy takes half a second to import
+    except ImportError as error:
+        raise DeviceError(f"no GPU: CuPy cannot be imported ({error})") from error
     return GPU(number, notify)
 
 
