@@ -398,6 +398,20 @@ def test_everything_is_given_back(fake, folder):
     other.close()
 
 
+def test_memory_of_what_is_dropped_is_given_back(fake, folder):
+    """As of an engine that nobody closes; before anybody asks how much is free."""
+    other = gpu_class()(0, folder=folder)
+    free = other.memory_free()
+    gpu = gpu_class()(0, folder=folder)
+    gpu.allocate(100)
+    gpu.free(gpu.allocate(50))
+    assert other.memory_free() < free
+    del gpu
+    gc.collect()
+    assert other.memory_free() == free and fake.released.count("memory") == 2
+    other.close()
+
+
 def test_nothing_waits_for_all_work_beside_work_that_waits_for_us(fake, folder):
     """Whatever allocates, frees or loads waits in other threads for the lock of `exclusive`."""
     gpu = gpu_class()(0, folder=folder)

@@ -99,6 +99,10 @@ def _give_back() -> None:
                 release(handle)
 
 
+def _abandon(lost: list[str], allocated: set[int]) -> None:
+    _dead.extend((lost, runtime.free, address) for address in allocated)
+
+
 def _checked(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_S, _P], _R]:
     """Make a method work on our device in any thread, and say its errors in a sentence."""
 
@@ -137,6 +141,8 @@ class GPU(_Part):
         self.lost: list[str] = []  # why it cannot be used any more, if so
         self._streams: weakref.WeakSet[GPUStream] = weakref.WeakSet()
         self._allocated: set[int] = set()
+        # An engine that is dropped, not closed, gives its memory back, too.
+        weakref.finalize(self, _abandon, self.lost, self._allocated).atexit = False
         self._functions: dict[str, int] = {}
         self._shared: dict[str, int] = {}  # bytes asked for, of kernels that take much
         self._kernels = arguments.kernels(folder)
@@ -167,6 +173,8 @@ class GPU(_Part):
 
     @_checked
     def memory_free(self) -> int:
+        with _QUIET:
+            _give_back()
         return int(runtime.memGetInfo()[0])
 
     @_checked
