@@ -103,10 +103,11 @@ class Backend(Protocol):
         A graph: it goes from operator to operator without Python. `run` may or may not be called.
         """
 
-    def bound(self, data: U8Array, nbytes: float) -> float:
-        """Return the tokens per second if a token took just the reading of `nbytes` of weights.
+    def bound(self, data: U8Array, nbytes: float, tokens: float) -> float:
+        """Return the tokens per second if a token took just the reading of `nbytes`. 0: unknown.
 
-        `data`: the model's bytes, some of which may be read to see how fast that goes. 0: unknown.
+        `data`: the model's bytes, some of which may be read to see how fast that goes. `tokens`:
+        how many are in the cache, for a backend that knows by itself what a token reads.
         """
 
     def close(self) -> None:

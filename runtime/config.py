@@ -178,6 +178,7 @@ MAX_THREADS = 512
 MAX_CONTEXT = 1 << 22
 MAX_SEQUENCES = 256
 MAX_GPU = 63
+MAX_GIB = 10**6  # of GPU memory
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,8 @@ class RunOptions:
         threshold, budget = self.sparse_threshold, self.vram_budget
         is_number = isinstance(threshold, int | float) and threshold == threshold
         check("sparse_threshold", threshold is None or is_number, "a number")
-        is_size = isinstance(budget, int | float) and 0 <= budget < float("inf")
-        check("vram_budget", budget is None or is_size, "0 GiB or more")
+        is_size = isinstance(budget, int | float) and 0 <= budget <= MAX_GIB
+        check("vram_budget", budget is None or is_size, "0 to 1000000 GiB")
         check(
             "gpu", self.gpu is None or whole(self.gpu, 0, MAX_GPU), "the number of a GPU, or None"
         )

@@ -79,7 +79,8 @@ class Engine:
         self._plan = self._make_plan()
         self._ops = _make_backend(model, self._plan, self.options, notify)
         self.backend = self._ops.name
-        self._decode = self._ops.capture(lambda: forward(self._plan, self._ops))
+        plan, ops = self._plan, self._ops  # not self: an engine that nobody has any more is gone
+        self._decode = ops.capture(lambda: forward(plan, ops))
         # Step and buffers serve one forward pass at a time, whoever asks for it.
         self._lock = threading.Lock()
         self._is_closed = False
@@ -202,15 +203,16 @@ class Engine:
         nothing was written, or the backend does not know.
         """
         read = self.timings.traffic
-        return None if read is None else self.bound_of(read.total)
+        tokens = self.timings.prompt_tokens + self.timings.decode_tokens / 2
+        return None if read is None else self.bound_of(read.total, tokens)
 
     def cache_bytes(self, length: float) -> float:
         """Return the bytes of K and V that a token reads whose text has `length` tokens."""
         return self._plan.cache.bytes_of(length)
 
-    def bound_of(self, nbytes: float) -> float | None:
-        """Return bound() for tokens that read so many bytes of weights."""
-        return self._ops.bound(self.file.data, nbytes) or None
+    def bound_of(self, nbytes: float, tokens: float) -> float | None:
+        """Return bound() for tokens that read so many bytes, with so many tokens in the cache."""
+        return self._ops.bound(self.file.data, nbytes, tokens) or None
 
     def no_counts(self) -> Counts:
         """Return zeros for feed() to add to."""

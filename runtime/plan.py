@@ -20,8 +20,9 @@ that costs at most a share of BWc / BWg.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,7 +98,8 @@ class Placement:
     layers: tuple[LayerPlacement, ...]
     bytes: dict[str, int]  # by kind
     served: float  # share of all activations that the GPU computes
-    bound: Bound
+    bound_at: Callable[[float], Bound]  # with so many tokens in the cache
+    bound: Bound  # with as many as it was planned for
     has_embedding: bool  # on the device: tokens are looked up there
     note: str = ""  # why not more of the budget is used
 
@@ -179,6 +181,7 @@ def place(
         }
         has_room = budget is None or sum(sizes.values()) + m.embedding <= budget
         sizes["embedding"] = m.embedding if is_everything and has_room else 0
+    bound_at = functools.partial(_bound, m, rates, steps)
     firing = sum(float(layer.served[-1]) for layer in m.layers)
     on_gpu = sum(float(la.served[s]) for la, s in zip(m.layers, steps, strict=False))
     return Placement(
@@ -186,7 +189,8 @@ def place(
         layers=tuple(layers),
         bytes=sizes,
         served=on_gpu / firing if firing else float(is_everything),
-        bound=_bound(m, rates, steps, tokens),
+        bound_at=bound_at,
+        bound=bound_at(tokens),
         has_embedding=n_gpu > 0 and sizes["embedding"] == m.embedding,
     )
 
@@ -227,7 +231,7 @@ def _mib(n: int) -> str:
 
 
 def _dense_seconds(
-    m: ModelSizes, layer: LayerSizes, rates: Rates, tokens: int
+    m: ModelSizes, layer: LayerSizes, rates: Rates, tokens: float
 ) -> tuple[float, float, float]:
     """Return what attention, predictor and cache of a layer take on the GPU."""
     read = layer.attention_read, layer.predictor_read, tokens * m.cache_row
@@ -250,12 +254,12 @@ def _on_gpu(m: ModelSizes, layer: LayerSizes, rates: Rates, tokens: int) -> F64A
     return attention + predictor + cache + np.maximum(ffn, _cold_seconds(layer, rates))
 
 
-def _on_host(m: ModelSizes, layer: LayerSizes, rates: Rates, tokens: int) -> float:
+def _on_host(m: ModelSizes, layer: LayerSizes, rates: Rates, tokens: float) -> float:
     """Return the seconds of a layer on the CPU."""
     return float(layer.host_read + tokens * m.cache_row + layer.cold_read[0]) / rates.cpu
 
 
-def _bound(m: ModelSizes, rates: Rates, steps: Sequence[int], tokens: int) -> Bound:
+def _bound(m: ModelSizes, rates: Rates, steps: Sequence[int], tokens: float) -> Bound:
     """Return T with these steps of neurons in the first layers, the others on the CPU."""
     if not steps:
         outside = sum(_on_host(m, layer, rates, tokens) for layer in m.layers)

@@ -97,7 +97,7 @@ class Reference:
     def finish(self) -> None:
         """See show()."""
 
-    def bound(self, data: U8Array, nbytes: float) -> float:
+    def bound(self, data: U8Array, nbytes: float, tokens: float) -> float:
         return 0.0
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:

@@ -1,6 +1,8 @@
 """The benchmark measures what it says; how fast is no test's business."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 
@@ -82,22 +84,33 @@ def test_files_in_slow_memory():
 
 
 def test_usage(capfd, tmp_path):
-    for options in (["-p", "0", "-n", "0"], ["-p", "-5"], ["-t", "x"], ["-r", "0"]):
+    for options in (
+        ["-p", "0", "-n", "0"],
+        ["-p", "-5"],
+        ["-t", "x"],
+        ["-r", "0"],
+        ["--vs", "'x"],
+        ["--vs", " "],
+        ["--vs", "x", "--vs-pattern", "("],
+        ["--vs", "x", "--vs-pattern", "(.)(.)"],
+    ):
         assert run(capfd, "bench", "-m", demo_model(), *options)[0] == 2
     assert run(capfd, "bench", "-m", tmp_path / "none.gguf")[0] == 1
 
 
 def test_other_programs():
-    assert other_rate(SAYS) == 12.5
-    says = f"{sys.executable} -c 'print(\"| tg128 | 7 +- 1 t/s | pp 3.25 t/s\")'"
+    assert other_rate(shlex.split(SAYS)) == 12.5
+    says = [sys.executable, "-c", "print('| tg128 | 7 +- 1 t/s | pp 3.25 t/s')"]
     assert other_rate(says) == 3.25
     for command, message in (
-        (f"{sys.executable} -c 'print(5)'", "printed nothing like"),
-        (f"{sys.executable} -c 'raise SystemExit(3)'", "code 3"),
-        ("/nowhere/at/all", "No such file"),
+        ([sys.executable, "-c", "print(5)"], "printed nothing like"),
+        ([sys.executable, "-c", "raise SystemExit(3)"], "code 3"),
+        (["/nowhere/at/all"], "No such file"),
     ):
         with pytest.raises(RequestError, match=message):
             other_rate(command)
+    with pytest.raises(RequestError, match=r"'pp 3', which .* printed, is no rate"):
+        other_rate(says, re.compile("pp [0-9]"))
 
 
 def test_reader():

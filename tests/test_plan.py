@@ -305,6 +305,9 @@ def test_bound_is_the_formula(seed):
     p = plan(m, rates, budget, TOKENS)
     assert p.bound.seconds == pytest.approx(seconds(m, rates, p, TOKENS, False), rel=1e-9)
     assert p.bound.tokens_per_second == pytest.approx(1 / p.bound.seconds)
+    for tokens in (0, 77.5, 3 * TOKENS):  # of the same placement
+        at = p.bound_at(tokens).seconds
+        assert at == pytest.approx(seconds(m, rates, p, tokens, False), rel=1e-9)
 
 
 def test_bound_by_hand():
@@ -610,6 +613,8 @@ def test_usage_errors(capfd, files, tiny_gguf, tmp_path):
         ((*model, "--gpu-bandwidth", 0), "0 is not above 0"),
         ((*model, "--cpu-bandwidth", "inf"), "inf is not above 0"),
         ((*model, "--link-us", -1), "-1 is not at least 0"),
+        ((*model, "--gpu-bandwidth", "1e308"), "1e308 is not above 0, and at most a million"),
+        (("-m", "x.gguf", "--vram-budget", "1e12"), "it must be 0 to 1000000 GiB"),
         ((*model, "-c", 64, "--at", 65), "--at 65 is more than the context of 64"),
     ):
         code, out, err = run(capfd, "plan", *args)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
 import statistics
 import subprocess
 import time
@@ -27,7 +26,7 @@ from ..runtime.weights import Model
 
 WARM_UP = 4  # tokens before the clock starts
 SLOWER = 0.8  # of the bandwidth: what is said about the memory that a file lies in
-RATE = r"([0-9]+(?:\.[0-9]+)?)\s*(?:tokens per second|tok/s|t/s)"
+RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:tokens per second|tok/s|t/s)")
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,11 @@ class Test:
     def length(self) -> int:
         """How many tokens a text has in the end."""
         return self.depth + (self.n_prompt or WARM_UP + self.n_decode)
+
+    @property
+    def mean_length(self) -> float:
+        """How many tokens a text has while it is written, the one that is being run included."""
+        return self.length - (self.n_decode - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ class Bench:
         """What a token of a decoding test read: of weights, and of its text's cache."""
         if not test.n_decode:
             return None
-        engine, mean = self._engines[test.threads], test.length - (test.n_decode - 1) / 2
+        engine, mean = self._engines[test.threads], test.mean_length
         weights = traffic(engine.weights, engine.mode, self._counts[test])
         return dataclasses.replace(weights, cache=engine.cache_bytes(mean))
 
@@ -181,29 +185,34 @@ class Bench:
                     computed=float(rows / max(tokens, 1) / engine.config.n_ff),
                     bandwidth=bandwidth,
                     file_bandwidth=file_bandwidth,
-                    placed=engine.bound_of(1) if engine.backend == "cuda" else None,
+                    placed=engine.bound_of(1, test.mean_length)
+                    if engine.backend == "cuda"
+                    else None,
                 )
             )
         return out
 
 
-def other_rate(command: str, pattern: str = RATE) -> float:
+def other_rate(command: Sequence[str], pattern: re.Pattern[str] = RATE) -> float:
     """Run another program and return the last rate in its output, in tokens per second.
 
-    RequestError if it fails or says no rate.
+    pattern: finds rates, by its one group or as a whole. RequestError if the program fails or says
+    no rate.
     """
+    name = command[0]
     try:
-        done = subprocess.run(
-            shlex.split(command), capture_output=True, text=True, errors="replace"
-        )
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as error:
-        raise RequestError(f"{command}: {error.strerror}") from None
+        raise RequestError(f"{name}: {error.strerror}") from None
     if done.returncode != 0:
-        raise RequestError(f"{command} ended with code {done.returncode}")
-    found = re.findall(pattern, done.stdout + done.stderr)
+        raise RequestError(f"{name} ended with code {done.returncode}")
+    found = pattern.findall(done.stdout + done.stderr)
     if not found:
-        raise RequestError(f"{command} printed nothing like '12.3 tokens per second'")
-    return float(found[-1])
+        raise RequestError(f"{name} printed nothing like '12.3 tokens per second'")
+    try:
+        return float(found[-1])
+    except ValueError:
+        raise RequestError(f"{found[-1]!r}, which {name} printed, is no rate") from None
 
 
 def as_json(results: Sequence[Result], others: Sequence[float]) -> dict[str, Any]:

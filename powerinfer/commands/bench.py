@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
+import shlex
 import statistics
 from pathlib import Path
 
@@ -31,8 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-b", "--batch", type=numbers, default=[1], help="texts side by side, like 1,4,8")
     add("-d", "--depth", type=numbers, default=[0], help="tokens before those, like 0,2000")
     add("-r", "--rounds", type=at_least(1), default=5, help="default: 5")
-    add("--vs", metavar="COMMAND", help="another program to take turns with; it prints its rate")
-    add("--vs-pattern", default=RATE, metavar="REGEX", help="finds the rate in its output")
+    add(
+        "--vs",
+        type=_command,
+        metavar="COMMAND",
+        help="another program to take turns with; it prints its rate",
+    )
+    add("--vs-pattern", type=_pattern, default=RATE, metavar="REGEX", help="finds its rate")
     add_mode(parser)
     add_memory(parser)
     add_isa(parser)
@@ -40,6 +47,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for programs")
     form.add_argument("--md", action="store_true", help="only the table")
+
+
+def _command(text: str) -> list[str]:
+    """Be an argparse type: a program and its arguments, as a shell would take them apart."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+    if not words:
+        raise argparse.ArgumentTypeError("it names no program")
+    return words
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """Be an argparse type: a regular expression that finds one thing."""
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+    if pattern.groups > 1:
+        raise argparse.ArgumentTypeError(f"{text}: more than one group")
+    return pattern
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -91,7 +120,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(line)
     if others:
         rate = statistics.median(others)
-        print(f"{args.vs}: {rate:.1f} t/s ({min(others):.1f}-{max(others):.1f})")
+        print(f"{shlex.join(args.vs)}: {rate:.1f} t/s ({min(others):.1f}-{max(others):.1f})")
         for r in results:
             print(f"{r.test.name}, {r.test.threads} threads: {r.rate / rate:.2f} times that")
     return 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,12 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _number(above: bool = False) -> Callable[[str], float]:
-    """Return an argparse type: a finite number from 0 on, or above it."""
+    """Return an argparse type: a number from 0 to a million, or above 0."""
 
     def number(text: str) -> float:
         value = float(text)
-        if not math.isfinite(value) or value < 0 or (above and not value):
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} 0")
+        if not 0 <= value <= 1e6 or (above and not value):
+            least = "above 0" if above else "at least 0"
+            raise argparse.ArgumentTypeError(f"{text} is not {least}, and at most a million")
         return value
 
     return number

@@ -416,7 +416,7 @@ class CPU:
     def head(self) -> None:
         self._run(linear.head, self._head)
 
-    def bound(self, data: U8Array, nbytes: float) -> float:
+    def bound(self, data: U8Array, nbytes: float, tokens: float) -> float:
         return Reader(data).measure(self.pool.n_threads) / nbytes
 
     def close(self) -> None:

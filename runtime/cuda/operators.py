@@ -402,9 +402,9 @@ class CUDA:
         finally:
             self._is_capturing = False
 
-    def bound(self, data: U8Array, nbytes: float) -> float:
+    def bound(self, data: U8Array, nbytes: float, tokens: float) -> float:
         # What a token reads lies in two places, and was measured when they were chosen.
-        return self.placement.bound.tokens_per_second
+        return self.placement.bound_at(tokens).tokens_per_second
 
     def close(self) -> None:
         self.cpu.close()
