@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import FileFormatError
+
+UNUSED_DAYS = 30  # for which what can be made again is kept
 
 
 def regular(path: str | os.PathLike[str]) -> Path:
@@ -42,3 +47,12 @@ def cache_dir() -> Path:
         if base.stat().st_uid != user:
             raise PermissionError(f"{base} belongs to somebody else; set XDG_CACHE_HOME") from None
     return Path(base) / "powerinfer-python"
+
+
+def sweep(pattern: str) -> None:
+    """Remove what nobody has used for UNUSED_DAYS from the cache directory: of older versions."""
+    oldest = time.time() - UNUSED_DAYS * 24 * 3600
+    for folder in cache_dir().glob(pattern):
+        with suppress(OSError):
+            if folder.stat().st_mtime < oldest:
+                shutil.rmtree(folder)

@@ -2,11 +2,16 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
+from powerinfer.runtime import paths
 from powerinfer.runtime.cpu import jit
 from powerinfer.runtime.cpu.rows import WIDENS
 
@@ -18,8 +23,8 @@ from powerinfer.runtime.cpu import jit
 from powerinfer.runtime.cpu.rows import WIDENS
 here, real = [], jit.compile_cached
 
-def compile_cached(decorator, signature, function, **options):
-    hits = real(decorator, signature, function, **options)
+def compile_cached(*args):
+    hits = real(*args)
     here.append(hits.cache_hits)
     return hits
 
@@ -99,4 +104,76 @@ def test_a_stopped_process_is_not_waited_for(tmp_path, monkeypatch):
     with jit._claim(kernel, 0) as is_ours, jit._claim(kernel, 0) as is_theirs:
         assert (is_ours, is_theirs) == (True, False)
         jit.compile_all([kernel])
+    assert kernel.is_cached and jit.cached_kernels() == 1
+    assert list((tmp_path / kernel.name).rglob("*.nbi"))  # numba's index: of this kernel alone
+
+
+def test_the_cache_is_of_all_that_kernels_are_made_of(tmp_path, monkeypatch):
+    runtime = shutil.copytree(Path(jit.__file__).parent.parent, tmp_path / "runtime")
+    monkeypatch.setattr(jit, "__file__", str(runtime / "cpu" / "jit.py"))
+    name, before = jit.kernel_cache.__wrapped__, set()
+    for path in (None, "cpu/axpy.py", "cpu/simd.py", *jit.CONSTANTS):
+        if path:
+            (runtime / path).write_text((runtime / path).read_text() + "\n")
+        before.add(name())
+    os.utime(runtime / "cpu" / "rows.py", (0, 0))  # numba would take nothing made before
+    before.add(name())
+    assert len(before) == 4 + len(jit.CONSTANTS)
+    (runtime / "engine.py").write_text("")
+    assert name() in before
+
+
+def test_kernels_hold_constants_of_no_other_module():
+    """Modules without kernels may import what they like."""
+    without = ("block.py", "isa.py", "jit.py", "operators.py", "pool.py")
+    for path in Path(jit.__file__).parent.glob("*.py"):
+        imported = re.findall(r"^from \.\.(\w+) import", path.read_text(), re.MULTILINE)
+        if path.name not in without:
+            assert {f"{module}.py" for module in imported} <= set(jit.CONSTANTS), path
+
+
+def test_a_cache_that_nobody_may_write_to(tmp_path, monkeypatch):
+    """numba takes nothing from it, so that what lies there is compiled again: it is not cached."""
+    monkeypatch.setattr(jit, "kernel_cache", lambda: tmp_path)
+    kernel = jit.Kernel(lambda a: None, 1, "of_no_use")
+    del jit._KERNELS["of_no_use"]
+    folder = tmp_path / kernel.name
+    folder.mkdir()
+    (folder / "complete").touch()
     assert kernel.is_cached
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder)
+    assert not kernel.is_cached
+
+
+def test_unused_caches_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path)
+    for name, days in (("kernels-a", 31), ("kernels-b", 29), ("cubin-a", 31)):
+        (tmp_path / name / "kernel").mkdir(parents=True)
+        (tmp_path / name / "kernel" / "code").touch()
+        os.utime(tmp_path / name, (time.time() - days * 86400,) * 2)
+    paths.sweep("kernels-*")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cubin-a", "kernels-b"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("NUMBA_ENABLE_AVX", "0", "['generic']"),
+        ("NUMBA_CPU_FEATURES", "+sse2", "['generic']"),
+        ("NUMBA_DISABLE_JIT", "1", "NUMBA_DISABLE_JIT is set: use --backend numpy, or unset it"),
+    ],
+)
+def test_what_numba_is_told(variable, value, says):
+    """LLVM ends the process where a kernel needs what numba has left out."""
+    script = """
+from powerinfer.runtime.cpu import isa
+from powerinfer.runtime.errors import RequestError
+try:
+    from powerinfer.runtime.cpu import jit
+    print(isa.available())
+except RequestError as error:
+    print(error)
+"""
+    command, environment = [sys.executable, "-c", script], os.environ | {variable: value}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == says

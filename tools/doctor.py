@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..runtime.errors import RequestError
+
 EXTRAS = {
     "bpe": ("tokenizers", "byte-level BPE tokenizers"),
     "train": ("torch", "training predictors"),
@@ -30,7 +32,6 @@ class Finding:
 def examine(bandwidth: bool = True) -> list[Finding]:
     """Look at everything; `bandwidth`: also read memory for a second or two."""
     from ..runtime.cpu import isa
-    from ..runtime.cpu.jit import kernel_cache
 
     found = [
         Finding("system", f"{platform.system()} {platform.machine()}, Python {_python()}"),
@@ -38,16 +39,17 @@ def examine(bandwidth: bool = True) -> list[Finding]:
     ]
     paths = isa.available()
     slow = paths[0] == "generic" and platform.machine().lower() in ("x86_64", "amd64")
-    reason = "no AVX2 here, or NUMBA_CPU_NAME / NUMBA_CPU_FEATURES is set: kernels will be slow"
+    reason = "no AVX2 here, or numba is told not to use it (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES, "
+    reason += "NUMBA_ENABLE_AVX): kernels will be slow"
     found.append(
         Finding("kernels", f"{isa.ISA} (can run: {', '.join(paths)})", reason if slow else "")
     )
+    has, lacks = isa.features()
+    found.append(Finding("CPU", f"{', '.join(has) or 'none'}; not {', '.join(lacks) or 'any'}"))
     cores, cpus = isa.physical_cores(), os.cpu_count() or 1
     found.append(Finding("cores", f"{cores} used by default, {cpus} logical", _load(cores)))
     found.append(_memory())
-    found.append(_cache(kernel_cache()))
-    if bandwidth:
-        found.append(_bandwidth(cores))
+    found += _kernels(bandwidth, cores)
     found.append(_gpu())
     for extra, (package, what) in EXTRAS.items():
         is_there = importlib.util.find_spec(package) is not None
@@ -100,12 +102,23 @@ def _memory() -> Finding:
     return Finding("memory", f"{free:.1f} GiB free of {total:.1f}", problem)
 
 
-def _cache(folder: Path) -> Finding:
+def _kernels(bandwidth: bool, cores: int) -> list[Finding]:
+    """Look at what needs kernels."""
+    try:
+        from ..runtime.cpu.jit import cached_kernels, kernel_cache
+    except RequestError as error:  # numba is told not to compile
+        return [Finding("kernel cache", "not used", str(error))]
+    found = [_cache(kernel_cache(), cached_kernels())]
+    if bandwidth:
+        found.append(_bandwidth(cores))
+    return found
+
+
+def _cache(folder: Path, n_kernels: int) -> Finding:
     if folder.is_dir():
         files = [f for f in folder.rglob("*") if f.is_file()]
         size = sum(f.stat().st_size for f in files) / 2**20
-        kernels = sum(1 for f in folder.iterdir() if f.is_file())
-        state = f"{folder}: {kernels} kernels, {size:.1f} MiB"
+        state = f"{folder}: {n_kernels} kernels, {size:.1f} MiB"
     else:
         state = f"{folder}: empty, the first run compiles kernels"
     parent = next(p for p in (folder, *folder.parents) if p.exists())

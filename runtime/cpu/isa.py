@@ -29,11 +29,18 @@ _CPU_NAMES = {"avx2": "haswell", "generic": "generic"}
 
 def available() -> list[str]:
     """Return the paths that this CPU can run, best first."""
-    if config.CPU_NAME or config.CPU_FEATURES:  # the user told numba to target something else
-        return ["generic"]
+    if config.CPU_NAME or config.CPU_FEATURES or not config.ENABLE_AVX:
+        return ["generic"]  # the user told numba to target something else; or numba knows better
     has = llvmlite.binding.get_host_cpu_features()
     names = [name for name, needs in _NEEDS.items() if all(has.get(f) for f in needs)]
     return [name for name in names if name != "amx" or _may_use_tiles()]
+
+
+def features() -> tuple[list[str], list[str]]:
+    """Return which of the features that kernels can use this CPU has, and which it lacks."""
+    host = llvmlite.binding.get_host_cpu_features()
+    names = dict.fromkeys(f for name in reversed(_NEEDS) for f in _NEEDS[name])
+    return [f for f in names if host.get(f)], [f for f in names if not host.get(f)]
 
 
 @functools.cache

@@ -3,8 +3,9 @@
 `inline` functions are building blocks. A Kernel is a C function, compiled when its address is
 first asked for and cached on disk between runs; a `job` is one that the thread pool runs. numba's
 cache looks only at the file of the function itself, so the directory's name carries a hash of all
-kernel sources. Where many are missing, processes of their own help to compile them; a lock for each
-kernel says who is at it, whoever they belong to.
+that kernels are made of; and it does not lock its index, so each kernel has a folder of its own in
+there. Where many are missing, processes of their own help to compile them; a lock for each kernel
+says who is at it, whoever they belong to.
 
 A constant type is a variable of the function around a kernel, or an argument that is `literally`
 said to be one: then what is behind a comparison that is false for it is not compiled.
@@ -26,12 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite
+import llvmlite.binding
 import numba
 from numba import types
 
 from ..errors import RequestError
-from ..paths import cache_dir
-from . import isa, simd
+from ..paths import cache_dir, sweep
+from . import isa
+
+if numba.config.DISABLE_JIT:  # before anything is declared that would be no kernel
+    raise RequestError("NUMBA_DISABLE_JIT is set: use --backend numpy, or unset it")
+from . import simd
 
 try:
     import fcntl
@@ -45,33 +51,52 @@ inline = numba.njit(forceinline=True, **_PIECE)
 # Larger pieces stay functions: copied into every place that uses them they take long to compile.
 function = numba.njit(**_PIECE)
 _compiling = threading.Lock()
+_COMPLETE = "complete"  # a file in the folder of a kernel that is there
 # Processes that compile at once, this one included, and from how many kernels on: to start one
 # takes as long as to compile one. How long one waits for another's kernel.
 _PROCESSES, _MANY, _PATIENCE_S = 4, 6, 60.0
 
 
+CONSTANTS = ("cache.py", "formats.py", "step.py")  # modules whose constants kernels hold
+
+
 @functools.cache
 def kernel_cache() -> Path:
-    """Return the directory of compiled kernels for these sources, versions and this ISA."""
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {isa.ISA}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    """Return the directory of compiled kernels for these sources, versions, this CPU and ISA.
+
+    Of sources their places and times, too: numba's cache is for those that it was made from.
+    """
+    versions, b = f"{numba.__version__} {llvmlite.__version__} {isa.ISA}", llvmlite.binding
+    cpu = f"{b.get_host_cpu_name()} {b.get_host_cpu_features().flatten()}"
+    digest, here = hashlib.sha256(f"{versions} {cpu}".encode()), Path(__file__).parent
+    for source in (*sorted(here.glob("*.py")), *(here.parent / name for name in CONSTANTS)):
+        digest.update(f"{source} {source.stat().st_mtime_ns}".encode())
         digest.update(source.read_bytes())
     return cache_dir() / f"kernels-{digest.hexdigest()[:16]}"
 
 
+def cached_kernels() -> int:
+    """Return how many kernels there are in the cache."""
+    return sum(1 for _ in kernel_cache().glob(f"*/{_COMPLETE}"))
+
+
 def compile_cached(
-    decorator: Callable[..., Any], signature: Any, function: Any, **options: Any
+    decorator: Callable[..., Any], signature: Any, function: Any, name: str, **options: Any
 ) -> Any:
     """Compile with numba's cache in our directory; without a writable one, every time."""
+    folder = kernel_cache() / name
     with _compiling:
         # numba takes the place of its cache from a global; ours holds only while we compile.
         before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = str(kernel_cache())
+        numba.config.CACHE_DIR = str(folder)
         try:
-            return decorator(signature, cache=True, error_model="numpy", **options)(function)
+            compiled = decorator(signature, cache=True, error_model="numpy", **options)(function)
+            with contextlib.suppress(OSError):
+                (folder / _COMPLETE).touch()
+            return compiled
         except Exception:
             # Read-only or full disk; or damaged cache files, which are swept away for next time.
-            shutil.rmtree(kernel_cache(), ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             return decorator(signature, error_model="numpy", **options)(function)
         finally:
             numba.config.CACHE_DIR = before
@@ -79,7 +104,9 @@ def compile_cached(
 
 def nogil(signature: str) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function that Python calls, and that runs without the interpreter's lock."""
-    return lambda function: compile_cached(numba.njit, signature, function, nogil=True)
+    return lambda function: compile_cached(
+        numba.njit, signature, function, function.__name__, nogil=True
+    )
 
 
 _KERNELS: dict[str, Kernel] = {}
@@ -97,14 +124,15 @@ class Kernel:
     @property
     def address(self) -> int:
         if self._compiled is None:
-            self._compiled = compile_cached(numba.cfunc, self._signature, self._function)
-            with contextlib.suppress(OSError):
-                (kernel_cache() / self.name).touch()
+            self._compiled = compile_cached(numba.cfunc, self._signature, self._function, self.name)
         return int(self._compiled.address)
 
     @property
     def is_cached(self) -> bool:
-        return self._compiled is not None or (kernel_cache() / self.name).exists()
+        folder = kernel_cache() / self.name
+        # numba takes nothing from a folder that it could not write to.
+        is_there = (folder / _COMPLETE).exists() and os.access(folder, os.W_OK)
+        return self._compiled is not None or is_there
 
 
 def job(function: Callable[..., Any]) -> Kernel:
@@ -179,11 +207,10 @@ def _start_helpers(missing: Sequence[Kernel], n: int) -> list[subprocess.Popen[b
 
 def load_kernels(kernels: Sequence[Kernel], notify: Callable[[str], Any], n_cores: int = 1) -> None:
     """Make kernels ready to run; `notify` is told if that means compiling, seconds for each."""
-    if numba.config.DISABLE_JIT:
-        raise RequestError("NUMBA_DISABLE_JIT is set: use --backend numpy, or unset it")
     missing = [kernel for kernel in dict.fromkeys(kernels) if not kernel.is_cached]
     if missing:
         notify("compiling kernels, once")
+        sweep("kernels-*")
         helpers = _start_helpers(missing, min(n_cores, _PROCESSES) - 1)
         try:
             compile_all(missing)
@@ -193,6 +220,8 @@ def load_kernels(kernels: Sequence[Kernel], notify: Callable[[str], Any], n_core
                 helper.wait()
     for kernel in kernels:
         _ = kernel.address
+    with contextlib.suppress(OSError):
+        os.utime(kernel_cache())  # it is in use
 
 
 @inline

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..paths import cache_dir
+from ..paths import cache_dir, sweep
 from .arguments import FOLDER
 from .device import DeviceError
 
@@ -179,12 +179,15 @@ def compile_all(
     missing = [name for name, cubin in found.items() if cubin is None]
     if missing:
         notify("compiling GPU kernels, once")
+        sweep("cubin-*")
 
     def make(name: str) -> bytes:
         cubin = library.compile(units[name], name, arch, headers).cubin
         _store(cache / f"{name}bin", cubin)
         return cubin
 
+    with suppress(OSError):
+        os.utime(cache)  # it is in use
     with ThreadPoolExecutor() as pool:
         made = dict(zip(missing, pool.map(make, missing), strict=True))
     return {name: cubin or made[name] for name, cubin in found.items()}
