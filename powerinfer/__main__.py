@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import io
 import os
@@ -33,11 +34,14 @@ COMMANDS = {
     "inspect": "show what is in a file",
 }
 
+_kept: list[object] = []  # what C calls, and does not keep alive
+
 
 def run_command(name: str, argv: Sequence[str], prog: str) -> int:
     """Run one command and return its exit code."""
     _open_standard_streams()
     _end_on_signals()
+    _end_on_bus_errors(prog)
     try:
         module = importlib.import_module(f"{__package__}.commands.{name.replace('-', '_')}")
         parser = argparse.ArgumentParser(prog=prog, description=module.__doc__)
@@ -82,6 +86,25 @@ def _end_on_signals() -> None:
         if hasattr(signal, name):
             with contextlib.suppress(ValueError):  # not the main thread
                 signal.signal(getattr(signal, name), end)
+
+
+def _end_on_bus_errors(prog: str) -> None:
+    """End with a sentence where a mapped file cannot be read: it was cut short, or its disk fails.
+
+    Machine code is in the middle of something then, so that there is nothing to go back to; Python
+    itself would handle the signal only when that goes on, which it never does.
+    """
+    if not hasattr(signal, "SIGBUS"):
+        return
+    text = f"{prog}: error: a file could not be read: it is shorter now than it was, or damaged\n"
+
+    def end(_number: int) -> None:
+        os.write(2, text.encode())
+        os._exit(1)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    _kept.append(handler)
+    ctypes.CDLL(None).signal(signal.SIGBUS, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

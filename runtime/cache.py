@@ -6,6 +6,7 @@ sequence owns a list of pages; token t of it lies in its page t // 32, slot t % 
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,16 +37,17 @@ class KVCache:
         self.v = np.zeros(shape, dtype=dtype)
         self._free = list(range(self.n_pages - 1, -1, -1))
 
-    def extend(self, sequence: Sequence, n: int) -> None:
-        """Make room for `n` more tokens; RequestError when the cache is full."""
-        need = -(-(sequence.length + n) // PAGE) - len(sequence.pages)
-        if need > len(self._free):
+    def extend(self, chunks: SequenceOf[tuple[Sequence, int]]) -> None:
+        """Make room for more tokens of some sequences; RequestError when the cache is full."""
+        need = [-(-(s.length + n) // PAGE) - len(s.pages) for s, n in chunks]
+        if sum(need) > len(self._free):
             raise RequestError(
-                f"the KV cache is full: {sequence.length + n} tokens do not fit beside the "
-                "other sequences"
+                f"the KV cache is full: {max(s.length + n for s, n in chunks)} tokens do not fit "
+                "beside the other sequences"
             )
-        sequence.pages += [self._free.pop() for _ in range(need)]
-        sequence.length += n
+        for (sequence, n), pages in zip(chunks, need, strict=True):
+            sequence.pages += [self._free.pop() for _ in range(pages)]
+            sequence.length += n
 
     def bytes_of(self, length: float) -> float:
         """Return the bytes of `length` tokens, which one more reads of all layers."""

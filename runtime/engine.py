@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -20,6 +19,7 @@ from .cache import PAGE, KVCache, Sequence
 from .config import SPARSE_ACTIVATIONS, Mode, ModelConfig, RunOptions
 from .errors import ModelError, RequestError
 from .formats import F32Array, GGMLType
+from .locks import Lock
 from .model import Watcher, forward
 from .reference import Reference
 from .sampling import Sampler, SamplingOptions
@@ -82,11 +82,11 @@ class Engine:
         plan, ops = self._plan, self._ops  # not self: an engine that nobody has any more is gone
         self._decode = ops.capture(lambda: forward(plan, ops))
         # Step and buffers serve one forward pass at a time, whoever asks for it.
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._is_closed = False
         self.watcher: Watcher | None = None
         self.timings = Timings(load_s=time.perf_counter() - started)
-        self.finish_reason = ""  # of the last generate(): "eos", "stop", "length", "context"
+        self.finish_reason = ""  # "eos", "stop", "length", "context" or "cancelled"
 
     def _make_plan(self) -> Plan:
         c = self.config
@@ -167,14 +167,18 @@ class Engine:
 
         Returns the logits [n_out, n_vocab] of the tokens in `outputs`, counted over all chunks;
         adds what the FFNs computed to `counts`. `adapter`, `residency`: of the first sequence.
+        RequestError, and nothing has changed, where a sequence would be longer than the context, or
+        all of them than the cache.
         """
         plan = self._plan
+        for sequence, ids in chunks:
+            if sequence.length + len(ids) > self.context:
+                raise RequestError(f"the context of {self.context} tokens is full")
         out = np.empty((len(outputs), self.config.n_vocab), np.float32)
         with self._lock:
             if self._is_closed:
                 raise RequestError("the engine is closed")
-            for sequence, ids in chunks:
-                plan.cache.extend(sequence, len(ids))
+            plan.cache.extend([(sequence, len(ids)) for sequence, ids in chunks])
             plan.step.fill(chunks)
             plan.buffers.counts[:] = 0
             watchers: list[Watcher] = [] if self.watcher is None else [self.watcher]
@@ -357,7 +361,7 @@ class Engine:
                 t.fired_share = fired / tokens / self.config.n_ff
             if decode_counts.any():
                 t.traffic = traffic(self.weights, self.mode, decode_counts)
-            self.timings, self.finish_reason = t, text.finish_reason or "length"
+            self.timings, self.finish_reason = t, text.finish_reason or "cancelled"
 
     def generate(
         self,

@@ -309,6 +309,32 @@ def test_closed_streams(demo_gguf, tmp_path):
     assert gone.returncode == 0 and b"Traceback" not in gone.stderr
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="Windows locks files that are mapped")
+@pytest.mark.parametrize("backend", ["cpu", "numpy"])  # machine code; Python's own thread
+def test_a_file_that_is_cut_short_while_it_is_read(backend, demo_gguf, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(demo_gguf("q4_0").read_bytes())
+    script = (
+        "import os, sys\n"
+        "from powerinfer.__main__ import run_command\n"
+        "from powerinfer.runtime.engine import Engine\n"
+        "generate = Engine.generate\n"
+        "def cut(self, *args, **options):\n"
+        "    os.truncate(self.file.path, 4096)\n"
+        "    return generate(self, *args, **options)\n"
+        "Engine.generate = cut\n"
+        "sys.exit(run_command('infer', sys.argv[1:], 'infer'))\n"
+    )
+    command = [sys.executable, "-c", script, "-m", path, "-p", "And", "-n", "3"]
+    done = subprocess.run(
+        [*command, "--backend", backend], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert last_line(done.stderr).startswith(
+        "infer: error: a file could not be read: it is shorter"
+    )
+
+
 def test_home_and_kernel_cache_of_all_kinds(demo_gguf, tmp_path):
     """No home, a home that is a file, damaged cache files: slower, but it runs."""
     (tmp_path / "file").write_text("")

@@ -1,6 +1,9 @@
 """Opening models and writing text."""
 
 import itertools
+import os
+import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -295,15 +298,60 @@ def test_pages(tiny_gguf):
     cache = KVCache(config, 100, np.float16)
     assert cache.k.shape == (2, 4, 4, 32, 16)
     a, b = Sequence(), Sequence()
-    cache.extend(a, 33)
-    cache.extend(b, 32)
+    cache.extend([(a, 33)])
+    cache.extend([(b, 32)])
     assert len(a.pages) == 2 and len(b.pages) == 1 and not set(a.pages) & set(b.pages)
-    with pytest.raises(RequestError, match="KV cache is full"):
-        cache.extend(b, 33)
-    assert b.length == 32
+    for more in ([(b, 33)], [(a, 32), (b, 1)]):  # no page for one; for both
+        with pytest.raises(RequestError, match="KV cache is full"):
+            cache.extend(more)
+        assert (a.length, b.length) == (33, 32) and len(a.pages) == 2
     cache.release(a)
-    cache.extend(b, 90)
+    cache.extend([(b, 90)])
     assert len(b.pages) == 4 and a == Sequence()
+
+
+def test_feeding_is_checked(tiny_gguf):
+    """Before anything is changed."""
+    with powerinfer.open(tiny_gguf("mha", "f16"), context=33, sequences=2) as llm:
+        a, b, counts = Sequence(), Sequence(), llm.no_counts()
+        llm.feed([(a, [3] * 32)], [], counts)
+        llm.feed([(a, [3])], [0], counts)
+        with pytest.raises(RequestError, match="context of 33 tokens is full"):
+            llm.feed([(b, [3] * 5), (a, [3])], [0], counts)
+        assert (a.length, b.length, counts[0, 0]) == (33, 0, 33)
+
+
+def test_a_text_that_is_given_up(llm):
+    pieces = llm.generate("And", max_tokens=20, temperature=0)
+    next(pieces)
+    pieces.close()
+    assert llm.finish_reason == "cancelled"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_fork_while_a_thread_is_generating(tiny_gguf):
+    """Whatever that thread holds in the parent, the child can use the engine."""
+    ids = tiny.token_ids()
+    with powerinfer.open(tiny_gguf("mha", "f16"), threads=2, sequences=8) as llm:
+        right, is_over = llm.logits(ids), threading.Event()
+
+        def generate():
+            while not is_over.is_set():
+                list(llm.generate_tokens(ids[:8], max_tokens=20, ignore_eos=True))
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        try:
+            for _ in range(8):
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(20)
+                    os._exit(0 if np.array_equal(llm.logits(ids), right) else 1)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        finally:
+            is_over.set()
+            thread.join()
 
 
 def test_step_takes_several_sequences():

@@ -302,7 +302,7 @@ class Batch:
     def feed(self, *chunks):
         """Run (sequence, ids) of one or two sequences; return the logits of all their tokens."""
         for sequence, ids in chunks:
-            self.plan.cache.extend(sequence, len(ids))
+            self.plan.cache.extend([(sequence, len(ids))])
         self.plan.step.fill(chunks)
         forward(self.plan, self.ops)
         n = self.plan.step.n_tok

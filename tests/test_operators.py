@@ -109,7 +109,7 @@ def compare_operators(path, rounds, mode, n_tok):
         sequence = Sequence()
         engine.feed([(sequence, ids[:4])], [], engine.no_counts())
         plan = engine._plan
-        plan.cache.extend(sequence, n_tok)
+        plan.cache.extend([(sequence, n_tok)])
         plan.step.fill([(sequence, ids[4:])])
         plan.step.want(range(n_tok))
         plan.buffers.counts[:] = 0

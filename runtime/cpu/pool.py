@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import RequestError
+from ..locks import Lock
 from .jit import inline, nogil
 from .simd import (
     atomic_add,
@@ -209,7 +210,7 @@ class Pool:
 
     def __init__(self, n_threads: int) -> None:
         self.n_threads = n_threads
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._start()
 
     def _start(self) -> None:
