@@ -445,5 +445,6 @@ def test_thresholds_adapt(outtype, model):
             counts = llm.read(IDS[:40], adapter=adapter)
             assert not np.array_equal(before, adapter.thresholds)
             found.append((adapter.thresholds, counts))
-    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-4)
+    # A token's scores, as far as activations that are rounded to int8 let them agree.
+    np.testing.assert_allclose(*(f[0] for f in found), rtol=1e-4 if outtype == "f32" else 1e-2)
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=0.01)
