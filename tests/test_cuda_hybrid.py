@@ -30,7 +30,7 @@ from cuda_engine import (
 from cusim import sim
 from fake_device import FakeDevice, FakeStream, simulator
 from powerinfer.predictors.capture import capture
-from powerinfer.predictors.measure import measure
+from powerinfer.predictors.measure import RecallWatcher, measure
 from powerinfer.predictors.profile import profile
 from powerinfer.runtime import reference
 from powerinfer.runtime.cache import Sequence
@@ -408,6 +408,22 @@ def test_masks_can_be_changed(model):
             # Of several tokens each takes its own rows, where "exact" takes all rows at once.
             assert relative(llm.logits(IDS[:20]), exact[0]) < 1e-5
             assert np.array_equal(llm.logits(IDS[:1]), exact[1])
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_traffic_is_that_of_the_changed_mask(share, model):
+    """Of one token and of several, whose layers are streamed."""
+    path, found = model("gqa", "f32"), []
+
+    def few(ops, il):
+        ops.plan.buffers.mask[: ops.plan.step.n_tok, 8 * (il + 1) :] = 0
+
+    for engine in (hybrid(path, on_gpu(share, 2)), on_cpu(path)):
+        with engine as llm:
+            found.append([measure(llm, [IDS[:n]], masks=few).traffic for n in (20, 2)])
+            with llm.watched(RecallWatcher(2, llm.config.n_ff, few)):
+                found[-1].append(llm.read(IDS[:1]).tolist())
+    assert found[0] == found[1]
 
 
 def test_profile_capture_and_measure(model, tmp_path):

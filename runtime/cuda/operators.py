@@ -24,6 +24,7 @@ from ..cpu.rows import SLACK
 from ..footprint import BLOCK, workspace
 from ..formats import U8Array
 from ..plan import Placement
+from ..step import COUNTS
 from .ahead import AheadTape
 from .builder import Builder
 from .device import Device, Slab, Uploader
@@ -116,6 +117,7 @@ class CUDA:
         self._x_is_there = True  # on the device, as far as operators have been called
         self._il = 0  # the layer whose operators were called last
         self._has_scores = True  # on the device; else take_mask() has replaced them
+        self._predicted = np.zeros((0, 0), bool)  # what show() has found in mask
         self._counts_added = np.zeros_like(self._counted)
         self._head_of_one = self._captured(lambda: self._run_head(1))
 
@@ -285,10 +287,16 @@ class CUDA:
         layer = self._layer(il)
         if layer is None or self.plan.mode != "predicted":
             return
-        # As scores, which nobody asks for any more: beyond every threshold, or below.
         n, b = self._n, self.plan.buffers
+        mask, before = b.mask[:n] != 0, self._predicted
+        # Rows of the mask that it was have been counted.
+        slot, is_streamed = self._replacer.slots[il], layer is self._layers[il].streamed
+        here = np.repeat((slot >= 0) | is_streamed, BLOCK)[: mask.shape[1]]
+        rows = np.count_nonzero(mask[:, here]) - np.count_nonzero(before[:, here])
+        b.counts[il, COUNTS.index("decider")] += rows
+        # As scores, which nobody asks for any more: beyond every threshold, or below.
         scores, address = self._watched["scores"]
-        scores[:n] = np.where(b.mask[:n], np.inf, -np.inf)
+        scores[:n] = np.where(mask, np.inf, -np.inf)
         self._tape.copy(self._at["scores"], address, scores[:n].nbytes)
         self._has_scores = False
         self._divide(layer, layer.recompact)
@@ -354,6 +362,8 @@ class CUDA:
             is_whole = is_streamed and name == "act"  # windows have their parts of it
             self._tape.copy(address, self._at[name], (array if is_whole else array[:n]).nbytes)
         self._wait()
+        if is_predicted and self._has_scores:
+            self._predicted = b.mask[:n] != 0
         self.cpu.pack_h()  # for audits
         fired, act = self._watched["fired"][0][:n], self._watched["act"][0].reshape(-1)
         if layer.has_cold:  # the CPU has set those of its own neurons
