@@ -4,15 +4,20 @@ import numpy as np
 import pytest
 import tiny
 from conftest import kl
-from powerinfer.runtime.cache import Sequence
+from powerinfer.runtime.cache import PAGE, Sequence
 from powerinfer.runtime.config import RunOptions
 from powerinfer.runtime.cpu import ffn
 from powerinfer.runtime.engine import Engine
+from powerinfer.runtime.formats import INTEGER_DOT
 from powerinfer.runtime.reference import Reference, activate, layer_norm, rms_norm, rope
 
 TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
 OTHERS = ["q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"]
 MODES = ["exact", "predicted", "dense"]
+
+# A value may be rounded to the other of two steps of int8 where it is as near to the middle between
+# them, in steps, and float sums made it: in another order they are off by up to 9e-5 here.
+NEAR = 2e-4
 
 
 class Pair:
@@ -34,6 +39,23 @@ class Pair:
         self.ours, self.theirs = (e._plan for e in self.engines)
         self.ops, self.reference = (e._ops for e in self.engines)
         assert isinstance(self.reference, Reference)
+        self.unsure = np.zeros(n_tok, bool)  # tokens of the last operator, see check()
+        self._matmul, self.reference._matmul = self.reference._matmul, self._noting_matmul
+
+    def _noting_matmul(self, x, w, bias=None):
+        if w.type in INTEGER_DOT:
+            blocks = x.astype(np.float64).reshape(-1, x.shape[-1] // 32, 32)  # audit has one token
+            amax = np.abs(blocks).max(axis=-1, keepdims=True)
+            steps = np.abs(blocks) * 127 / np.maximum(amax, 1e-30)
+            near = np.abs(steps % 1 - 0.5) < NEAR
+            self.unsure[: len(near)] |= near.any(axis=(1, 2))
+        return self._matmul(x, w, bias)
+
+    def run(self, operator, *args):
+        """Let both run an operator of some layer."""
+        self.unsure[:] = False
+        for ops in (self.ops, self.reference):
+            getattr(ops, operator)(*args)
 
     def close(self):
         for engine in self.engines:
@@ -51,19 +73,21 @@ class Pair:
         self.ours.cache.k[:], self.ours.cache.v[:] = self.theirs.cache.k, self.theirs.cache.v
 
 
-def check(ours, theirs, rounds):
+def check(ours, theirs, unsure=False, tolerance=1e-5):
     """Compare [n_tok, n] to 1e-5 of each token's largest value.
 
-    Where activations are rounded to int8 after float sums of another order, a value on the edge
-    may round the other way: one token in ten may then be off by a step.
+    A token that is `unsure` may be off by a step of int8: one of its values lies so near to the
+    middle between two that float sums of another order may round it the other way, and so all that
+    is multiplied with it. These are some in a hundred; there is no such excuse for the others.
     """
     scale = np.abs(theirs).max(axis=-1) + 1e-30
     error = np.abs(ours - theirs).max(axis=-1) / scale
-    if not rounds:
-        assert error.max() < 1e-5
-    else:
-        assert np.count_nonzero(error >= 1e-5) <= max(1, len(error) // 10)
-        assert error.max() < 2e-2
+    assert (error < np.where(unsure, 2e-2, tolerance)).all()
+
+
+def check_flags(ours, theirs, unsure=False):
+    """Compare [n_tok, n], of which a token that is `unsure` may have two that differ."""
+    assert (np.count_nonzero(ours != theirs, axis=-1) <= np.where(unsure, 2, 0)).all()
 
 
 @pytest.mark.parametrize("n_tok", [1, 5, 19])
@@ -71,14 +95,14 @@ def check(ours, theirs, rounds):
 @pytest.mark.parametrize("type_", TYPES)
 @pytest.mark.parametrize("name", ["gqa", "bias"])
 def test_operators(name, type_, mode, n_tok, tiny_gguf):
-    compare_operators(tiny_gguf(name, type_, True), type_ in ("q8_0", "q4_0"), mode, n_tok)
+    compare_operators(tiny_gguf(name, type_, True), mode, n_tok)
 
 
 @pytest.mark.parametrize("n_tok", [1, 5])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("type_", OTHERS + TYPES)
 def test_operators_on_every_format(type_, mode, n_tok, wide_gguf):
-    compare_operators(wide_gguf(type_), type_ in ("q8_0", "q4_0"), mode, n_tok)
+    compare_operators(wide_gguf(type_), mode, n_tok)
 
 
 @pytest.mark.parametrize("type_", ["f16", "q8_0", "q4_0"])
@@ -98,10 +122,10 @@ def test_threads_share_columns(type_, broad_gguf):
 @pytest.mark.parametrize("name", ["prosparse", "bamboo", "relu2", "falcon7", "falcon40", "opt"])
 def test_operators_of_every_architecture(name, type_, mode, tiny_gguf):
     for n_tok in (1, 5):
-        compare_operators(tiny_gguf(name, type_, True), type_ == "q4_0", mode, n_tok)
+        compare_operators(tiny_gguf(name, type_, True), mode, n_tok)
 
 
-def compare_operators(path, rounds, mode, n_tok):
+def compare_operators(path, mode, n_tok):
     """A layer step by step, after a few tokens of history."""
     pair = Pair(path, mode, 24)
     ids = tiny.token_ids()[: 4 + n_tok]
@@ -114,65 +138,57 @@ def compare_operators(path, rounds, mode, n_tok):
         plan.step.want(range(n_tok))
         plan.buffers.counts[:] = 0
     n, a, b = n_tok, pair.ours.buffers, pair.theirs.buffers
+    unsure = pair.unsure[:n]
     pair.sync()
 
-    for ops in (pair.ops, pair.reference):
-        ops.embed()
+    pair.run("embed")
     assert np.array_equal(a.x[:n], b.x[:n])
 
     il = 1
-    for ops in (pair.ops, pair.reference):
-        ops.qkv(il)
-    check(a.q[:n], b.q[:n], rounds)
+    pair.run("qkv", il)
+    check(a.q[:n], b.q[:n], unsure)
+    positions = pair.ours.step.positions[:n]
+    where = np.array(sequence.pages)[positions // PAGE], slice(None), positions % PAGE
     for ours, theirs in (
         (pair.ours.cache.k, pair.theirs.cache.k),
         (pair.ours.cache.v, pair.theirs.cache.v),
     ):
         tolerance = 1e-5 if ours.dtype == np.float32 else 2e-3  # a step of fp16
-        tolerance = 2e-2 if rounds else tolerance
-        np.testing.assert_allclose(
-            ours[il].astype(np.float32),
-            theirs[il].astype(np.float32),
-            atol=tolerance * np.abs(theirs[il].astype(np.float32)).max(),
-        )
+        new, expected = (x[il][where].reshape(n, -1).astype(np.float32) for x in (ours, theirs))
+        check(new, expected, unsure, tolerance)
+        ours[il][where] = theirs[il][where]
+        assert np.array_equal(ours, theirs)  # nothing else was written
     pair.sync()
-    for ops in (pair.ops, pair.reference):
-        ops.attend(il)
-    check(a.a[:n], b.a[:n], False)
+    pair.run("attend", il)
+    check(a.a[:n], b.a[:n])
     pair.sync()
-    for ops in (pair.ops, pair.reference):
-        ops.out_add(il)
-    check(a.x[:n], b.x[:n], False)
+    pair.run("out_add", il)
+    check(a.x[:n], b.x[:n])
     pair.sync()
-    for ops in (pair.ops, pair.reference):
-        ops.ffn_norm(il)
-    check(a.h[:n], b.h[:n], False)
+    pair.run("ffn_norm", il)
+    check(a.h[:n], b.h[:n])
     if mode == "predicted":
-        for ops in (pair.ops, pair.reference):
-            ops.predict(il)
-        check(a.scores[:n], b.scores[:n], rounds)
-        assert np.count_nonzero(a.mask[:n] != b.mask[:n]) <= (2 if rounds else 0)
+        pair.run("predict", il)
+        check(a.scores[:n], b.scores[:n], unsure)
+        check_flags(a.mask[:n], b.mask[:n], unsure)
         assert 0.05 < b.mask[:n].mean() < 0.95
         a.mask[:] = b.mask
-    for ops in (pair.ops, pair.reference):
-        ops.ffn(il)
-    check(a.x[:n], b.x[:n], rounds)
+    pair.run("ffn", il)
+    check(a.x[:n], b.x[:n], unsure)
     assert a.counts[il, 0] == b.counts[il, 0] == n
     assert a.counts[il, 1] == b.counts[il, 1]
-    slack = 2 if rounds else 0
-    assert np.abs(a.counts[il, 2:] - b.counts[il, 2:]).max() <= slack
+    assert np.abs(a.counts[il, 2:] - b.counts[il, 2:]).max() <= 2 * np.count_nonzero(unsure)
     computed = b.mask[:n] if mode == "predicted" else np.ones_like(b.mask[:n])
-    assert np.count_nonzero(a.fired[:n] * computed != b.fired[:n]) <= slack
-    for plan, ops in ((pair.ours, pair.ops), (pair.theirs, pair.reference)):
+    check_flags(a.fired[:n] * computed, b.fired[:n], unsure)
+    for plan in (pair.ours, pair.theirs):
         plan.step.audit[0] = n - 1
-        ops.audit(il)
-    assert np.count_nonzero(a.truth != b.truth) <= slack
+    pair.run("audit", il)
+    check_flags(a.truth, b.truth, unsure[0])
     last = computed[n - 1]
     assert np.array_equal(a.truth * last, a.fired[n - 1] * last)
     a.x[:] = b.x
-    for ops in (pair.ops, pair.reference):
-        ops.head()
-    check(a.logits[:n], b.logits[:n], rounds)
+    pair.run("head")
+    check(a.logits[:n], b.logits[:n], unsure)
     pair.close()
 
 
@@ -187,19 +203,20 @@ def test_masks_of_none_and_all(type_, tiny_gguf):
             rng = np.random.default_rng(1)
             x = rng.standard_normal((3, 96)).astype(np.float32)
             pair.put(x=x, mask=np.full((3, 160), fill, np.uint8))
-            for plan, ops in ((pair.ours, pair.ops), (pair.theirs, pair.reference)):
+            for plan in (pair.ours, pair.theirs):
                 plan.step.counts[0] = n_tok
-                ops.ffn_norm(0)
-                ops.ffn(0)
-            results[fill, mode, n_tok] = pair.ours.buffers.x[:n_tok].copy()
-            check(pair.ours.buffers.x[:n_tok], pair.theirs.buffers.x[:n_tok], type_[0] == "q")
+            pair.run("ffn_norm", 0)
+            pair.run("ffn", 0)
+            ours, theirs = (p.buffers.x[:n_tok] for p in (pair.ours, pair.theirs))
+            results[fill, mode, n_tok] = ours.copy()
+            check(ours, theirs, pair.unsure[:n_tok])
             if (fill, mode) == (0, "predicted"):
-                assert np.array_equal(pair.ours.buffers.x[:n_tok], x[:n_tok])
+                assert np.array_equal(ours, x[:n_tok])
             pair.close()
     assert np.array_equal(results[1, "predicted", 1], results[0, "exact", 1])
     # A token's own rows, and all rows with several tokens, are summed in different orders.
-    check(results[1, "predicted", 3], results[0, "exact", 3], False)
-    check(results[0, "exact", 1], results[0, "exact", 3][:1], False)
+    check(results[1, "predicted", 3], results[0, "exact", 3])
+    check(results[0, "exact", 1], results[0, "exact", 3][:1])
 
 
 @pytest.mark.parametrize("mode", ["predicted", "exact", "dense"])
@@ -249,13 +266,13 @@ def test_attention_lengths(length, tiny_gguf):
         plan.step.rows[:length] = 0
         plan.step.pages[0] = pages
         ops.attend(1)
-    check(pair.ours.buffers.a[:length], pair.theirs.buffers.a[:length], False)
+    check(pair.ours.buffers.a[:length], pair.theirs.buffers.a[:length])
     many = pair.ours.buffers.a[length - 1].copy()
     pair.ours.step.counts[0] = 1
     pair.ours.step.positions[0] = length - 1
     pair.ours.buffers.q[0] = q[-1]
     pair.ops.attend(1)
-    check(pair.ours.buffers.a[:1], many[None], False)
+    check(pair.ours.buffers.a[:1], many[None])
     pair.close()
 
 
@@ -282,7 +299,7 @@ def test_long_contexts_in_parts(name, tiny_gguf):
         plan.step.counts[0] = 39
         plan.step.positions[:39], plan.step.rows[:39] = positions, rows
         ops.attend(1)
-    check(pair.ours.buffers.a[:39], pair.theirs.buffers.a[:39], False)
+    check(pair.ours.buffers.a[:39], pair.theirs.buffers.a[:39])
     together = pair.ours.buffers.a[:39].copy()
     for t in (0, 1, 2, 6):
         pair.ours.step.counts[0] = 1
@@ -303,7 +320,7 @@ def test_attention_survives_large_scores(tiny_gguf):
         plan.step.positions[:4] = np.arange(4)
         ops.attend(0)
     np.testing.assert_allclose(pair.ours.buffers.a[:4], 1, rtol=1e-6)
-    check(pair.ours.buffers.a[:4], pair.theirs.buffers.a[:4], False)
+    check(pair.ours.buffers.a[:4], pair.theirs.buffers.a[:4])
     pair.close()
 
 
