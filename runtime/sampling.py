@@ -10,6 +10,8 @@ import numpy as np
 from .errors import ModelError, RequestError
 from .formats import F32Array
 
+BLOCK = 64  # logits whose largest one is looked at first
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -79,17 +81,16 @@ class Sampler:
             return int(logits.argmax())
         logits -= peak  # before any division: a tiny temperature must not overflow
 
-        k = min(o.top_k or len(logits), len(logits))
-        order = np.argpartition(-logits, k - 1)[:k]
-        # Most likely first, lower ids first among equals: the draw must not depend on the
-        # partition's whims.
-        order = order[np.lexsort((order, -logits[order]))]
+        # All cuts keep the likeliest tokens: only those that may pass are put in order.
+        order = _likeliest(logits, o.top_k) if o.top_k else np.arange(len(logits))
         p = _softmax(logits[order])
+        at_least = o.min_p * p.max()
+        kept = np.flatnonzero(p >= at_least)
+        # Lower ids first among equals: the draw must not depend on how they were found.
+        kept = kept[np.lexsort((order[kept], -logits[order[kept]]))]
+        order, p = order[kept], p[kept]
         if o.top_p < 1:
             keep = int(np.searchsorted(np.cumsum(p), o.top_p)) + 1
-            order, p = order[:keep], p[:keep]
-        if o.min_p > 0:
-            keep = int(np.count_nonzero(p >= o.min_p * p[0]))
             order = order[:keep]
         with np.errstate(over="ignore"):
             p = _softmax(logits[order] / o.temperature)
@@ -108,6 +109,20 @@ class Sampler:
         # A negative logit is multiplied: dividing it would make the token likelier.
         x = np.where(x > 0, x / o.repeat_penalty, x * o.repeat_penalty)
         logits[tokens] = x - o.presence_penalty - o.frequency_penalty * times
+
+
+def _likeliest(logits: np.ndarray, k: int) -> np.ndarray:
+    """Return the ids of the k largest logits; the lower ones of equal ones."""
+    if k >= len(logits):
+        return np.arange(len(logits))
+    # The k-th of the largest of each BLOCK is no more than the k-th of all.
+    whole = len(logits) // BLOCK * BLOCK
+    peaks = logits[:whole].reshape(-1, BLOCK).max(axis=1)
+    if k < len(peaks):
+        found = np.flatnonzero(logits >= np.partition(peaks, -k)[-k])
+    else:
+        found = np.arange(len(logits))
+    return found[np.lexsort((found, -logits[found]))[:k]]
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

@@ -41,6 +41,26 @@ def test_ties_go_to_the_lower_token():
     assert {sampler.sample(np.zeros(5, np.float32), []) for _ in range(20)} == {0}
 
 
+@pytest.mark.parametrize("n_vocab", [5, 64, 1000, 32000])
+def test_cuts_are_those_of_a_full_sort(n_vocab):
+    """Many equal logits among them, of which the lower tokens come first."""
+    rng = np.random.default_rng(n_vocab)
+    for i in range(100):
+        logits = np.round(rng.standard_normal(n_vocab) * rng.choice([0.01, 1, 3]), i % 3)
+        cuts = {"top_k": rng.choice([0, 1, 2, 40, 100]), "top_p": rng.choice([0.01, 0.5, 0.95, 1])}
+        options = SamplingOptions(**cuts, min_p=rng.choice([0, 0.05, 1]), seed=i)
+        x = logits.astype(np.float32).astype(np.float64)
+        order = np.lexsort((np.arange(n_vocab), -x))[: options.top_k or None]
+        p = np.exp(x[order] - x.max())
+        p /= p.sum()
+        n = min(np.searchsorted(np.cumsum(p), options.top_p) + 1, len(p))
+        n = min(n, np.count_nonzero(p >= options.min_p * p[0]))
+        p = np.exp((x[order[:n]] - x.max()) / options.temperature)
+        draw = np.random.default_rng(i).random() * p.sum()
+        expected = order[min(np.searchsorted(np.cumsum(p), draw, side="right"), n - 1)]
+        assert Sampler(options, n_vocab).sample(logits.astype(np.float32), []) == expected
+
+
 def greedy(history, **options):
     sampler = Sampler(SamplingOptions(temperature=0, **options), len(LOGITS))
     return sampler.sample(np.array([1.0, 0.9, -1, -2, -3], np.float32), history)
