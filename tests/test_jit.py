@@ -60,6 +60,8 @@ def test_helpers_share_the_work(tmp_path):
     assert len(hits) == len(WIDENS) and any(hits) and not all(hits)
     assert codes and None not in codes
     assert all(are_cached)
+    for kernel in WIDENS.values():  # numba's index, which it does not lock: one for each
+        assert len([*tmp_path.glob(f"powerinfer-python/*/{kernel.name}/**/*.nbi")]) == 1
     assert load_in_a_process(tmp_path)[0] == []
 
 
@@ -104,8 +106,7 @@ def test_a_stopped_process_is_not_waited_for(tmp_path, monkeypatch):
     with jit._claim(kernel, 0) as is_ours, jit._claim(kernel, 0) as is_theirs:
         assert (is_ours, is_theirs) == (True, False)
         jit.compile_all([kernel])
-    assert kernel.is_cached and jit.cached_kernels() == 1
-    assert list((tmp_path / kernel.name).rglob("*.nbi"))  # numba's index: of this kernel alone
+    assert kernel.is_cached
 
 
 def test_the_cache_is_of_all_that_kernels_are_made_of(tmp_path, monkeypatch):
