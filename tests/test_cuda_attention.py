@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_case import NOT_PACKED, Step, launch, packed
-from cusim.sim import SimError, Simulator, load, unavailable
+from cusim.sim import WAIT, SimError, Simulator, load, unavailable
 from powerinfer.runtime.footprint import attention_blocks, attention_splits
 from powerinfer.runtime.formats import round_activations
 from powerinfer.runtime.reference import Reference
@@ -253,6 +253,7 @@ def test_check_mode_is_clean(shape, type_):
 # name: (text, what it becomes, the kind of fault that the check finds; or else the comparison)
 WRONG, UNWRITTEN = "wrong result", "uninitialised read"
 FAULTS = {
+    "no wait for other kernels": (WAIT, "", "early"),
     "a token too many": ("(t < n_tok) & (position", "(position", "out of bounds"),
     "a row that is not seen is loaded": ("end - 1 - start) * head", "end - start) * head", WRONG),
     "a row that is not seen counts": (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cuda_case import NOT_PACKED, NOWHERE, Rotation, Step, launch
 from cuda_operands import FORMATS, Weights, close_enough, only, pack
-from cusim.sim import SimError, load, unavailable
+from cusim.sim import WAIT, SimError, load, unavailable
 from powerinfer.runtime import reference
 from powerinfer.runtime.config import POSITION_OFFSET
 from powerinfer.runtime.formats import SMALLEST_AMAX
@@ -442,6 +442,13 @@ def test_check_finds_planted_faults(name):
     with pytest.raises(SimError) as error:
         EVERY[case]().run(sim)
     assert error.value.kind == kind
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_kernel_waits_for_those_before_it(name):
+    with pytest.raises(SimError, match="before it has waited for the kernels before it") as error:
+        EVERY[name]().run(load("elementwise.cu", check=True, replace={WAIT: ""}))
+    assert error.value.kind == "early"
 
 
 WRONG = {

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from cuda_case import launch
-from cusim.sim import SimError, load, unavailable
+from cusim.sim import WAIT, SimError, load, unavailable
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 
@@ -12,7 +12,9 @@ def run(kernel, word, base, number, **options):
     """Return what is in the word after a kernel."""
     sim = load("exchange.cu", check=True, **options)
     sim.time_limit = 0.2
-    word_at, base_at = (sim.array(np.array([x], np.int32)) for x in (word, base))
+    word_at, base_at = (
+        sim.array(np.array([x], np.int32), name) for x, name in ((word, "word"), (base, "base"))
+    )
     launch(sim, kernel, 1, word=word_at, base=base_at, number=number)
     return int(word_at.numpy()[0])
 
@@ -42,3 +44,7 @@ def test_planted_faults():
     with pytest.raises(SimError):
         run("wait_word", 3, 1, 2, replace={"value) < 0": "value) <= 0"})
     assert run("write_word", 0, 1, 2, replace={"= int(value);": "= int(value) - 1;"}) != 3
+    for kernel in ("write_word", "wait_word"):
+        with pytest.raises(SimError) as error:
+            run(kernel, 3, 1, 2, replace={WAIT: ""})
+        assert error.value.kind == "early"

@@ -7,7 +7,7 @@ import pytest
 from cuda_case import NOWHERE, launch
 from cuda_ffn import BLOCK, FFN
 from cuda_operands import FORMATS, close_enough, only
-from cusim.sim import SimError, load, unavailable
+from cusim.sim import WAIT, SimError, load, unavailable
 from powerinfer.runtime.cuda.launches import ACTIVATIONS
 from powerinfer.runtime.footprint import DOWN_SPLITS
 
@@ -260,6 +260,7 @@ FAULTS = {
         "p.heat + n / NEURON_BLOCK, n_predicted);\n    }",
         "uninitialised read",
     ),
+    "no wait for other kernels": (WAIT, "", "early"),
     "places of other warps": (
         "lane_id() < warp_id()) place",
         "lane_id() + 1 < warp_id()) place",

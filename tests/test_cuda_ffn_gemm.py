@@ -7,7 +7,7 @@ import pytest
 from cuda_case import launch
 from cuda_ffn import BLOCK, FFN
 from cuda_operands import FORMATS, NO_TF32, close_enough, only
-from cusim.sim import SimError, load, unavailable
+from cusim.sim import WAIT, SimError, load, unavailable
 from powerinfer.runtime.cuda.launches import ACTIVATIONS, ADD, STORE
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
@@ -173,6 +173,7 @@ def test_check_finds_nothing(suffix):
 
 FAULTS = {
     # text, what it becomes, the kind of fault that the check finds
+    "no wait for other kernels": (WAIT, "", "early"),
     "a token too many": (
         "return min(n_tok - first_token, TOKENS) *",
         "return min(n_tok - first_token + 1, TOKENS) *",

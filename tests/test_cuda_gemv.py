@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from cuda_case import Rotation, Step, launch, packed
 from cuda_operands import FORMATS, NO_TF32, Inputs, Weights, close_enough, only, pack, product
-from cusim.sim import SimError, load, unavailable
+from cusim.sim import WAIT, SimError, load, unavailable
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 
@@ -252,6 +252,10 @@ def test_check_finds_nothing_where_it_is_rotated(suffix):
 
 FAULTS = {
     # (file, format, cols, text, what it becomes): the kind of fault that the check finds
+    "no wait for other kernels": (("gemv", "q4_0", 96, WAIT, ""), "early"),
+    "no wait of gemm": (("gemm", "q8_0", 96, WAIT, ""), "early"),
+    "no wait of gemv_packed": (("gemv_packed", "q4_0", 96, WAIT, ""), "early"),
+    "no wait of gemv_rope": (("gemv_rope", "q4_0", 96, WAIT, ""), "early"),
     "a row too many": (
         ("gemv", "q4_0", 96, "rows[r] = min(first + r, p.w.rows - 1)", "rows[r] = first + r"),
         "out of bounds",

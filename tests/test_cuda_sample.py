@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 from cuda_case import launch
-from cusim.sim import SimError, load, unavailable
+from cusim.sim import WAIT, SimError, load, unavailable
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 
@@ -141,6 +141,8 @@ def test_check_finds_nothing(k):
 
 FAULTS = {
     # k, text, what it becomes, the kind of fault that the check finds
+    "no wait for other kernels": (5, WAIT, "", "early"),
+    "no wait of argmax for other kernels": (0, WAIT, "", "early"),
     "an entry too many": (5, "if (i >= n) return 0;", "if (i > n) return 0;", "out of bounds"),
     "a token too many": (
         0,

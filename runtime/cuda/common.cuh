@@ -67,7 +67,9 @@ __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 // launch): here it waits for the end of that, which has waited for its own; and lets its successor
 // begin. What lies before the call hides latency: of the launch, and of memory that never changes.
 __device__ inline void after_predecessors() {
-#if !defined(CUSIM) && __CUDA_ARCH__ >= 900
+#ifdef CUSIM
+    cusim::wait_for_predecessors();
+#elif __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif

@@ -12,6 +12,8 @@
 // block that sees its value. (Blocks run one after the other: that is every later one. Fences are
 // those of the threads that have the atomics; barriers put other threads before or behind them. An
 // order by way of a third block is not seen.)
+// Where kernels overlap (common.cuh, after_predecessors), a thread that has not waited for those
+// before its own may touch nothing but memory that no kernel writes, to read it.
 // To find every such pair it is enough to keep, of each byte, the last write, and of the reads and
 // of the atomics two, of threads that are as far apart as possible (another block; else another
 // warp; else another thread): whoever conflicts with any of them conflicts with one of these two,
@@ -40,6 +42,7 @@ struct Region {
     uint64_t begin, size;
     uint8_t* written;  // of each byte
     Cell* cells;
+    uint64_t is_constant;  // no kernel writes it
 };
 
 // A part of what a thread does, between two points where it waits for others, or fences.
@@ -223,6 +226,9 @@ CUSIM_SLOW void touch(const volatile void* pointer, unsigned size, Access access
     uint64_t used = address + size - dynamic_begin;  // of dynamic shared memory
     if (used <= dynamic_room && used > dynamic_size && address >= dynamic_begin) {
         fail_access(BOUNDS, address, size, access, place);
+    }
+    if (!f->has_waited && r != &shared_region && (access != READ || !r->is_constant)) {
+        fail_access(EARLY, address, size, access, place);
     }
     if (access == ATOMIC && r != &shared_region) meet_at(address);
     uint32_t oldest = r == &shared_region ? first_of_block : first_of_launch;

@@ -194,6 +194,10 @@ CUSIM int __all_sync(unsigned mask, int vote, CUSIM_LINE) {
 }
 CUSIM unsigned __activemask() = delete;  // says nothing that can be relied on
 
+namespace cusim {
+CUSIM void wait_for_predecessors() { current->has_waited = true; }
+}
+
 // ---- memory ----
 
 #ifdef CUSIM_CHECK

@@ -48,7 +48,7 @@ constexpr size_t STACK_STEP = STACK + 320;
 enum Wait : uint8_t { NOTHING, SHUFFLE, VOTE, SYNCWARP, BARRIER };
 static const char* const WAITS[] = {"", "a shuffle", "a vote", "__syncwarp", "__syncthreads"};
 
-enum Kind { FINE, BOUNDS, UNINITIALISED, RACE, DIVERGENCE, MISALIGNED, ARITHMETIC, ENDLESS };
+enum Kind { FINE, BOUNDS, UNINITIALISED, RACE, DIVERGENCE, MISALIGNED, ARITHMETIC, ENDLESS, EARLY };
 
 // What went wrong, for Python to put in words; sim.py has the same as a ctypes structure.
 struct Fault {
@@ -73,6 +73,7 @@ struct Fiber {
     Wait waits;
     unsigned mask, line, stamp;
     bool waits_for_some;     // for a part of its warp
+    bool has_waited;         // for the kernels before this one
     uint32_t segment;        // what it has done since it last waited; of checks.h
     uint32_t fences, fenced; // how many so far; its segment since the last one
     uint64_t received[LANES];  // in a collective of a part of its warp
@@ -425,6 +426,7 @@ CUSIM_SLOW void run_block(uint64_t* seed) {
             f->waits = NOTHING;
             f->mask = f->line = f->segment = f->fences = f->fenced = 0;
             f->waits_for_some = false;
+            f->has_waited = !CUSIM_OVERLAPS;
             w->lanes[f->lane] = f;
             prepare(f, stack_of(f), run_thread);
         }

@@ -76,9 +76,15 @@ KINDS = (
     "misaligned",
     "arithmetic",
     "endless",
+    "early",
     "launch",
     "source",
 )
+
+# Arrays that no kernel writes: what may be read before the kernels before have ended.
+CONSTANTS = {"w", "w.q", "w.d", "weight", "bias", "base"}
+# What load(replace=) may take away, so that no kernel waits for the kernels before it.
+WAIT = "cusim::wait_for_predecessors();"
 
 
 class SimError(Exception):
@@ -108,6 +114,7 @@ class _Region(ctypes.Structure):
         ("size", ctypes.c_uint64),
         ("written", ctypes.c_void_p),
         ("cells", ctypes.c_void_p),
+        ("is_constant", ctypes.c_uint64),
     )
 
 
@@ -165,7 +172,8 @@ class Array:
     fill = write
 
     def _region(self) -> tuple[int, int, int, int]:
-        return (self.address, self.nbytes, self._written.ctypes.data, self._cells.ctypes.data)
+        checks = self._written.ctypes.data, self._cells.ctypes.data
+        return (self.address, self.nbytes, *checks, self.name in CONSTANTS)
 
 
 class _Library:
@@ -344,6 +352,8 @@ class Simulator:
                 kind, f"{where} {doing[f.write]} {memory}, no multiple of {f.size} bytes"
             )
         message = f"{where} {doing[f.write]} {f.size} bytes at {memory}"
+        if kind == "early":
+            message += " before it has waited for the kernels before it"
         if kind == "race":
             other = who(f.other_block, f.other_thread)
             message += (
@@ -427,7 +437,14 @@ def load(
         if count != 1:
             raise SimError("source", f"{old!r} is in {count} places, not in one")
         texts[places[0]] = texts[places[0]].replace(old, new)
-    flags = [*_COMMON, *(_CHECK if check else _FAST), *optimize, *(f"-D{d}" for d in define)]
+    overlaps = int(any("after_predecessors" in text for text in texts.values()))
+    flags = [
+        *_COMMON,
+        f"-DCUSIM_OVERLAPS={overlaps}",
+        *(_CHECK if check else _FAST),
+        *optimize,
+        *(f"-D{d}" for d in define),
+    ]
     libraries = []
     for path in paths:
         own = {f.name: t for f, t in texts.items() if f == path or f.suffix == ".cuh"}
