@@ -6,7 +6,7 @@
 #     tools/gpu_check.sh [RESULTS] [MODEL.gguf ...]
 #
 # RESULTS: default build/gpu-check-DATE.md.  Models: default are synthetic ones, 7b and a Falcon-40b
-# cut to 12 layers, made in build/ (random weights). $PYTHON: one that has powerinfer with the extras
+# cut to 12 layers, made in build/ (random weights), which takes longer. $PYTHON: one that has powerinfer with the extras
 # test and cuda12 or cuda13 (default: .venv/bin/python). Exit code 1 if a check failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -16,6 +16,7 @@ mkdir -p build
 RESULTS=${1:-build/gpu-check-$(date -u +%Y-%m-%d).md}
 shift || true
 failed=0
+left=480  # seconds for all checks; making models is not counted
 
 say() { echo "$*" | tee -a "$RESULTS"; }
 
@@ -23,9 +24,16 @@ say() { echo "$*" | tee -a "$RESULTS"; }
 check() {
     local name=$1 seconds=$2 log code=0 started=$SECONDS
     shift 2
+    if ((left <= 0)); then
+        failed=1
+        say "" "## $name: not run, the time is over"
+        return
+    fi
+    ((seconds > left)) && seconds=$left
     log=$(mktemp)
     timeout "$seconds" "$@" >"$log" 2>&1 || code=$?
     [ "$code" = 0 ] || failed=1
+    ((left -= SECONDS - started))
     say "" "## $name: exit code $code, $((SECONDS - started)) s"
     { echo; sed 's/.*\r//; s/^/    /' "$log" | tail -n "${LINES_KEPT:-12}"; } | tee -a "$RESULTS"
     rm -f "$log"
