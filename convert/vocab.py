@@ -140,12 +140,13 @@ def _bpe_keys(folder: Path, config: dict[str, Any], n_vocab: int) -> dict[str, V
         if data.get("normalizer") is not None:
             raise ModelError(f"{path} normalises text, which is not supported")
         vocabulary, merges = model.get("vocab"), model.get("merges")
-        pre, add_space = _pre_of(path, data.get("pre_tokenizer"))
-        for token in data.get("added_tokens") or []:
-            if not isinstance(token, dict):
-                raise FileFormatError(f"{path} has an added token that is none")
-            added[token.get("content", "")] = (token.get("id", -1), bool(token.get("special")))
-        starts_with_bos = _starts_with_special(data.get("post_processor"))
+        try:
+            pre, add_space = _pre_of(path, data.get("pre_tokenizer"))
+            for token in data.get("added_tokens") or []:
+                added[token.get("content", "")] = (token.get("id", -1), bool(token.get("special")))
+            starts_with_bos = _starts_with_special(data.get("post_processor"))
+        except (AttributeError, TypeError):  # something is of another type than it always is
+            raise FileFormatError(f"{path} makes no sense") from None
     else:
         path = folder / "vocab.json"
         vocabulary = read_json(path)
@@ -153,7 +154,9 @@ def _bpe_keys(folder: Path, config: dict[str, Any], n_vocab: int) -> dict[str, V
         merges = [line for line in lines if line and not line.startswith("#version")]
         pre, add_space = "gpt-2", bool(settings.get("add_prefix_space", False))
         # The slow tokenizers of GPT-2's family name their special tokens here.
-        for token in settings.values():
+        others = settings.get("additional_special_tokens")
+        named = [token for key, token in settings.items() if key.endswith("_token")]
+        for token in [*named, *(others if isinstance(others, list) else ())]:
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str) and token in vocabulary:
                 added[token] = (vocabulary[token], True)
@@ -201,7 +204,7 @@ def _pre_of(path: Path, pre_tokenizer: Any) -> tuple[str, bool]:
     kinds = [step.get("type") for step in steps if isinstance(step, dict)]
     byte_level: dict[str, Any] = next((s for s in steps if s.get("type") == "ByteLevel"), {})
     add_space = bool(byte_level.get("add_prefix_space", False))
-    if kinds == ["ByteLevel"]:
+    if kinds == ["ByteLevel"] and byte_level.get("use_regex", True) is not False:
         return "gpt-2", add_space
     if kinds == ["Punctuation", "ByteLevel", "Digits", "Split"]:
         return "falcon", add_space

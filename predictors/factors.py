@@ -49,7 +49,9 @@ class Factors:
         # What the factors leave out has a mean, too.
         bias = self._bias + self._w @ self._mean - a @ (b @ self._mean)
         # Spread evenly, so that neither half suffers when they are quantised.
-        size = np.sqrt(np.linalg.norm(a, axis=0) / np.linalg.norm(b, axis=1))  # [k]
+        of_a, of_b = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)  # [k]
+        is_there = (of_a > 0) & (of_b > 0)  # else the decider has rows of no other direction
+        size = np.sqrt(np.divide(of_a, of_b, out=np.ones_like(of_a), where=is_there))
         a, b = a / size, b * size[:, None]
         return Predictor(
             np.concatenate([b, -b]).astype(np.float32),

@@ -27,6 +27,7 @@ from .policy import FILE_TYPES, Policy
 
 CHUNK = 1 << 22  # weights encoded at a time by one thread: 16 MiB as float32
 FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+F16_ENDS = 65520  # from here on float16 is infinite
 
 Progress = Callable[[int], Any]  # called with the number of weights done
 
@@ -39,7 +40,8 @@ def encode_rows(type_: GGMLType, x: F32Array, name: str) -> U8Array:
 def convert_rows(source: GGMLType, data: U8Array, type_: GGMLType, name: str) -> U8Array:
     """Re-encode raw rows [n, row bytes] of type `source` as `type_`, without a detour if equal.
 
-    ModelError, with the tensor's name, if quantising meets a weight that is not finite.
+    ModelError, with the tensor's name, if quantising meets a weight that is not finite, or f16 one
+    that is too large for it.
     """
     if source is type_:
         return data
@@ -47,6 +49,8 @@ def convert_rows(source: GGMLType, data: U8Array, type_: GGMLType, name: str) ->
         x = decode(source, data)
         if type_ not in FLOAT_TYPES and not np.isfinite(x).all():
             raise ModelError(f"{name} holds NaN or infinity: it cannot be quantised")
+        if type_ is GGMLType.F16 and (np.isfinite(x) & (np.abs(x) >= F16_ENDS)).any():
+            raise ModelError(f"{name} has weights that are too large for f16: use bf16 or f32")
         return encode(type_, x)
     if source not in FLOAT_TYPES:
         source, data = GGMLType.F32, decode(source, data).view(np.uint8)

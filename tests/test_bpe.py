@@ -91,6 +91,9 @@ def test_opt_files_of_the_slow_tokenizer(tmp_path):
     merges = [" ".join(m) for m in model["merges"]]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     settings = {"add_bos_token": True, "bos_token": {"content": "</s>"}, "pad_token": "<pad>"}
+    # What is not named a token is none: the word here is text.
+    word = max((piece for piece in model["vocab"] if piece.isalpha() and piece.isascii()), key=len)
+    settings |= {"errors": word, "additional_special_tokens": ["<unk>"]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with powerinfer.open(convert(folder, tmp_path / "x.gguf", "f32")) as llm:
         assert llm.tokenize("And God said")[0] == 1  # config.json's BOS
@@ -98,6 +101,7 @@ def test_opt_files_of_the_slow_tokenizer(tmp_path):
         assert ids == theirs.encode("And God said, 123").ids
         assert llm.detokenize(ids) == "And God said, 123"
         assert llm.detokenize([383]) == ""
+        assert llm.detokenize(llm.tokenize(word, add_bos=False)) == word
         assert len(list(llm.generate_tokens([1], max_tokens=5, ignore_eos=True))) == 5
 
 
@@ -130,7 +134,13 @@ def test_falcon_starts_without_bos(tmp_path):
         ({"pre_tokenizer": {"type": "Metaspace"}}, "not known"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{}]}}, "not known"),
         ({"added_tokens": [{"content": "x", "id": 100000}]}, "has the token 100000"),
-        ({"added_tokens": [7]}, "added token that is none"),
+        ({"added_tokens": [7]}, "makes no sense"),
+        ({"added_tokens": 5}, "makes no sense"),
+        ({"added_tokens": [{"content": ["x"], "id": 3}]}, "makes no sense"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [1]}}, "makes no sense"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": None}}, "makes no sense"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "not known"),
+        ({"post_processor": {"type": "Sequence", "processors": 5}}, "makes no sense"),
     ],
 )
 def test_refused_tokenizer_json(change, message, tmp_path):

@@ -54,6 +54,18 @@ def test_factors_of_full_rank_are_the_decider(name, tiny_gguf, tmp_path):
     assert np.ptp(wanted, axis=0).max() < 2e-3  # the bias; on any input
 
 
+@pytest.mark.parametrize("rows", [0, 5])
+def test_factors_of_a_decider_that_is_nearly_nothing(rows, tiny_gguf, tmp_path):
+    """Of no rank, or of little: what is left are zeros, not their quotients."""
+    layer, data = layer_data(tiny_gguf("mha", "f32"), tmp_path, 1)
+    w = layer.decider.float32().copy()
+    w[rows:] = 0
+    tensor = dataclasses.replace(layer.decider, data=w.view(np.uint8))
+    predictor = Factors(dataclasses.replace(layer, decider=tensor), data).predictor(128)
+    x = data.x(slice(50))
+    assert np.abs(predictor.scores(x) - x @ w.T).max() <= 1e-3
+
+
 def test_factors_serve_the_inputs_there_are(demo):
     """Less error with every rank; and less than the decider's own singular vectors leave."""
     layer, data = demo.layer, demo.data

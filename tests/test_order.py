@@ -1,5 +1,6 @@
 """Firing data of the original, and files rewritten in hot-first order."""
 
+import itertools
 import shutil
 
 import numpy as np
@@ -111,6 +112,22 @@ def test_upgrade_of_the_originals_files(samples, tmp_path, capfd):
         assert (
             counts.frequencies[il][hot[:n_hot]].min() >= counts.frequencies[il][hot[n_hot:]].max()
         )
+
+
+def test_upgrade_of_a_file_that_is_hot_first(samples, tmp_path, capfd):
+    """Counts are by original numbers: once more, nothing changes."""
+    name = "sample.q4_0.powerinfer.gguf"
+    shutil.copy(samples / name, tmp_path / name)
+    shutil.copytree(samples / "activation", tmp_path / "activation")
+    files = [tmp_path / name, tmp_path / "once.gguf", tmp_path / "twice.gguf"]
+    for source, target in itertools.pairwise(files):
+        assert run_command("convert", [str(source), "--outfile", str(target)], "convert") == 0
+    once, twice = GGUFFile(files[1]), GGUFFile(files[2])
+    for key, tensor in once.tensors.items():
+        assert np.array_equal(tensor.data, twice.tensors[key].data), key
+    with pytest.raises(SystemExit, match="2"):
+        run_command("convert", [str(files[1]), "--outtype", "q4_0"], "convert")
+    assert "rewritten as it is" in capfd.readouterr().err
 
 
 def test_nothing_beside_it(tiny_gguf, tmp_path, capfd):

@@ -107,6 +107,22 @@ def test_weights_that_are_not_finite(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_weights_that_are_too_large_for_f16(tmp_path):
+    x = np.ones((4, 64), np.float32)
+    keys = {"general.name": Value(ValueType.STRING, "x")}
+    for largest in (65519.0, 65520.0):  # the first still rounds to the largest
+        x[3, 63] = largest
+        path = write(tmp_path / "x.gguf", keys, {"blk.0.up.weight": (F32, x)})
+        if largest < 65520:
+            quantize_file(path, tmp_path / "y.gguf", Policy(GGMLType.F16))
+            continue
+        with pytest.raises(
+            ModelError, match=r"blk\.0\.up\.weight has weights .* too large for f16"
+        ):
+            quantize_file(path, tmp_path / "z.gguf", Policy(GGMLType.F16))
+    assert not (tmp_path / "z.gguf").exists()
+
+
 def test_broken_input(tmp_path):
     for i, raw in enumerate((b"", b"GGUF", b"text " * 100)):
         path = tmp_path / f"{i}.gguf"

@@ -294,12 +294,16 @@ def test_outputs_are_checked_at_the_start(tiny_gguf, text, tmp_path, monkeypatch
         (notes, ["-o", notes], "is the input itself"),
         (source, ["--report", nowhere / "x.json"], "nowhere is not a directory"),
         (source, ["--report", tmp_path], "is not a regular file"),
+        (source, ["--report", source], "is the input itself"),
+        (source, ["--report", text], "is the input itself"),
     ):
         result = train(capfd, model, text, target, *args)
         assert message in one_sentence(result, "train-predictors"), args
     assert source.read_bytes() == before and notes.read_text() == "do not lose me"
     assert list(tmp_path.iterdir()) == [notes]
     pytest.importorskip("matplotlib")
+    result = train(capfd, source, text, target, "--plot", tmp_path / "x.xyz")
+    assert "cannot be written as 'xyz'" in one_sentence(result, "train-predictors")
     result = train(capfd, source, text, target, "--plot", nowhere / "x.png")
     assert "nowhere is not a directory" in one_sentence(result, "train-predictors")
     assert list(tmp_path.iterdir()) == [notes]
@@ -324,6 +328,7 @@ def test_train_predictors_usage(tiny_gguf, text, tmp_path, capfd):
         (["-f", text, "--type", "q3"], "invalid choice"),
         (["-f", text, "-n", "63"], "63 is below 64"),
         (["-f", text, "--method", "magic"], "invalid choice"),
+        (["-f", text, "-o", tmp_path / "x", "--report", tmp_path / "x"], "files of their own"),
     ):
         code, out, err = run(capfd, "train-predictors", source, *args)
         assert (code, out) == (2, "") and message in err, args

@@ -35,14 +35,20 @@ def pyplot() -> Any:
     return plt
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write a figure as the type that the file's name says; PNG where it says none.
+def kind_of(figure: Any, path: Path) -> str:
+    """Return the type of picture that a file's name says, PNG where it says none.
 
     RequestError for a type that matplotlib does not write.
     """
     kind = path.suffix[1:].lower() or "png"
     if kind not in figure.canvas.get_supported_filetypes():
         raise RequestError(f"{path}: a picture cannot be written as {shown(kind)}; try .png")
+    return kind
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as the type that the file's name says; RequestError as in kind_of()."""
+    kind = kind_of(figure, path)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=kind, dpi=150)
 

@@ -38,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--outtype",
-        default="f16",
         type=str.lower,
         choices=TARGETS,
         metavar="TYPE",
@@ -63,8 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if args.model_dir.is_file():
+        if args.predictor_dir or args.dense or args.pwri or args.activation or args.outtype:
+            parser.error("a file is rewritten as it is: only --outfile goes with it; see quantize")
         return _upgrade(args.model_dir, args.outfile)
-    type_ = parse_type(args.outtype)
+    outtype = args.outtype or "f16"
+    type_ = parse_type(outtype)
     policy = PwriPolicy(type_) if args.pwri else Policy(type_)
     conversion = plan_conversion(
         args.model_dir, args.predictor_dir, policy, args.dense, args.activation, args.pwri
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         say(f"warning: {warning}")
     name = args.model_dir.resolve().name
     kind = "" if args.dense else ".powerinfer"
-    target = args.outfile or args.model_dir / f"{name}.{args.outtype}{kind}.gguf"
+    target = args.outfile or args.model_dir / f"{name}.{outtype}{kind}.gguf"
     with tqdm(
         total=conversion.n_weights, unit=" weights", unit_scale=True, desc="converting"
     ) as bar:
@@ -85,15 +87,17 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def _upgrade(source: Path, target: Path | None) -> int:
     """Rewrite a model file as one of ours, hot-first if somebody counted who fires."""
     from ..predictors.legacy import find_firing
-    from ..predictors.order import Changes
+    from ..predictors.order import Changes, in_order_of
     from .rewriting import rewrite_shown
 
-    config = model_config(GGUFFile(source))
+    file = GGUFFile(source)
+    config = model_config(file)
     firing = find_firing(source, config.n_layer, config.n_ff)
     target = target or beside(source, "upgraded")
     if firing is None:
         say("no activation/ and no .generated.gpuidx beside it: the order stays")
     else:
         say(f"firing order from {firing.source}")
+        firing = in_order_of(file, firing)
     rewrite_shown(source, target, Changes(firing))
     return 0

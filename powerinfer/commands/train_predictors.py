@@ -100,15 +100,17 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if args.method is None and method == "factors":
         say("torch is not installed: predictors in closed form, which are larger or name more")
     if args.plot is not None:
-        from ..tools.plots import pyplot
+        from ..tools.plots import kind_of, pyplot
 
-        pyplot()  # whether it is there, before an hour of training
+        kind_of(pyplot().figure(), args.plot)  # whether it can be, before an hour of training
     target = args.outfile or beside(args.model, "predicted")
-    not_onto(args.model, target)
-    check_target(target)
-    for path in (args.report, args.plot):
-        if path is not None:
-            check_target(path, is_gguf=False)
+    written = [path for path in (target, args.report, args.plot) if path is not None]
+    if len({path.resolve() for path in written}) < len(written):
+        parser.error("the model, --report and --plot are files of their own")
+    for path in written:
+        not_onto(args.model, path)
+        not_onto(args.file, path)
+        check_target(path, is_gguf=path == target)
     _make(args, method, target)
     return 0
 
