@@ -43,7 +43,7 @@ def test_sizes_equal_gguf():
 @pytest.mark.parametrize("source", [GGMLType.F32, GGMLType.F16, GGMLType.BF16])
 def test_bytes_equal_gguf(type_, source):
     x = awkward_rows()
-    if source is GGMLType.F16:
+    if GGMLType.F16 in (source, type_):  # what is too large for it is refused
         x = np.where(np.abs(x) > 60000, 60000, x)
     data = formats.encode(source, x)
     x = formats.decode(source, data)
