@@ -201,7 +201,7 @@ def _pre_of(path: Path, pre_tokenizer: Any) -> tuple[str, bool]:
     """Return llama.cpp's name for a pre-tokenizer, and whether it puts a space before text."""
     parts = pre_tokenizer if isinstance(pre_tokenizer, dict) else {}
     steps = parts.get("pretokenizers", [parts])
-    kinds = [step.get("type") for step in steps if isinstance(step, dict)]
+    kinds = [step.get("type") for step in steps]
     byte_level: dict[str, Any] = next((s for s in steps if s.get("type") == "ByteLevel"), {})
     add_space = bool(byte_level.get("add_prefix_space", False))
     if kinds == ["ByteLevel"] and byte_level.get("use_regex", True) is not False:

@@ -84,8 +84,7 @@ class Sampler:
         # All cuts keep the likeliest tokens: only those that may pass are put in order.
         order = _likeliest(logits, o.top_k) if o.top_k else np.arange(len(logits))
         p = _softmax(logits[order])
-        at_least = o.min_p * p.max()
-        kept = np.flatnonzero(p >= at_least)
+        kept = np.flatnonzero(p >= o.min_p * p.max())
         # Lower ids first among equals: the draw must not depend on how they were found.
         kept = kept[np.lexsort((order[kept], -logits[order[kept]]))]
         order, p = order[kept], p[kept]

@@ -6,8 +6,9 @@
 #     tools/gpu_check.sh [RESULTS] [MODEL.gguf ...]
 #
 # RESULTS: default build/gpu-check-DATE.md.  Models: default are synthetic ones, 7b and a Falcon-40b
-# cut to 12 layers, made in build/ (random weights), which takes longer. $PYTHON: one that has powerinfer with the extras
-# test and cuda12 or cuda13 (default: .venv/bin/python). Exit code 1 if a check failed.
+# cut to 12 layers, made in build/ (random weights), which takes longer. $PYTHON: one that has
+# powerinfer with the extras test and cuda12 or cuda13 (default: .venv/bin/python). Exit code 1 if a
+# check failed, or was not run because the time was over.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
